@@ -1,0 +1,1 @@
+"""InstaQNAS: input-adaptive mixed-precision object detection."""

@@ -1,0 +1,215 @@
+"""Batches of images and padded targets, the same for any number of worker processes.
+
+Every sample is drawn under a seed made of (seed, epoch, index), which the batch sampler sends, so that no worker has a
+state of its own and a resumed run sees the pixels of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import cv2
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+
+from instaqnas.data.transforms import Sample, SampleTransform
+from instaqnas.data.voc import Annotation, read_image
+from instaqnas.errors import InputError
+
+SampleKey = tuple[int, int]  # (epoch, index)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B images and their objects, padded to the N of the image with most.
+
+    Args:
+        images: uint8 [B, 3, S, S], RGB.
+        boxes_xyxy: float32 [B, N, 4], pixels of the resized image.
+        labels: int64 [B, N], 0 = padding.
+        difficult: bool [B, N].
+        image_ids: B ids.
+        indices: int64 [B], positions in the dataset.
+    """
+
+    images: Tensor
+    boxes_xyxy: Tensor
+    labels: Tensor
+    difficult: Tensor
+    image_ids: list[str]
+    indices: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`; copies from pinned memory run in the background."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; the DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        values = [getattr(self, field.name) for field in fields(self)]
+        return Batch(*(function(v) if isinstance(v, Tensor) else v for v in values))
+
+
+class DetectionDataset(Dataset):
+    """Samples of annotated images, addressed by (epoch, index).
+
+    Args:
+        annotations: from `read_split`.
+        transform: `train_transform` or `eval_transform`.
+        seed: seed of what the transform draws.
+    """
+
+    def __init__(self, annotations: Sequence[Annotation], transform: SampleTransform, *, seed: int = 0) -> None:
+        self.annotations = annotations
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """The transformed sample, with `image_id` and `index`.
+
+        Raises:
+            InputError: the image cannot be read, or its size is not the annotation's.
+        """
+        epoch, index = key
+        annotation = self.annotations[index]
+        sample = _read_sample(annotation)
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would also reset CUDA's generator, which is not restored here.
+            torch.default_generator.manual_seed(_derive_seed(self.seed, epoch, index))
+            sample = self.transform(sample)
+        return {**sample, "image_id": annotation.image_id, "index": index}
+
+
+class EpochBatchSampler(Sampler):
+    """Batches of (epoch, index); the order of an epoch depends on `seed` and the epoch alone.
+
+    Args:
+        n: samples in the dataset.
+        batch_size: samples a batch.
+        seed: seed of the order.
+        shuffle: False keeps the order of the dataset.
+        drop_last: leave out a last batch that is not full, unless it is the only one.
+    """
+
+    def __init__(self, n: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool) -> None:
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.n, self.batch_size)
+        return full + (rest > 0 and not (self.drop_last and full > 0))
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        keys = [(self.epoch, index) for index in self._order()]
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield keys[start : start + self.batch_size]
+
+    def _order(self) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.n))
+        generator = torch.Generator().manual_seed(_derive_seed(self.seed, self.epoch))
+        return torch.randperm(self.n, generator=generator).tolist()
+
+
+class DetectionLoader(DataLoader):
+    """A DataLoader whose epoch can be set, and which passes on an `InputError` as the one line that it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the next iteration: its order and its augmentation."""
+        self.batch_sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from super().__iter__()
+        except InputError as error:
+            # From a worker it arrives with the worker's traceback as its message, the real one in the last line.
+            last_line = str(error).strip().splitlines()[-1]
+            prefix = f"{InputError.__module__}.{InputError.__qualname__}: "
+            raise InputError(last_line.removeprefix(prefix)) from None
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """The batch of `samples` as `DetectionDataset` returns them."""
+    return Batch(
+        # A decoded image is channels-last in memory, an augmented one is not: the network shall see one layout.
+        torch.stack([s["image"] for s in samples]).contiguous(),
+        pad_sequence([s["boxes"] for s in samples], batch_first=True),
+        pad_sequence([s["labels"] for s in samples], batch_first=True),
+        pad_sequence([s["difficult"] for s in samples], batch_first=True),
+        [s["image_id"] for s in samples],
+        torch.tensor([s["index"] for s in samples]),
+    )
+
+
+def make_loader(
+    dataset: DetectionDataset, batch_size: int, *, shuffle: bool, seed: int, workers: int, drop_last: bool = False
+) -> DetectionLoader:
+    """A loader of `Batch`es; call its `set_epoch` before each epoch.
+
+    Args:
+        dataset: what is loaded.
+        batch_size: images a batch.
+        shuffle: draw a new order each epoch.
+        seed: seed of the order.
+        workers: processes that decode and augment; 0 does it in this one.
+        drop_last: leave out a last batch that is not full, unless it is the only one. For training: BatchNorm cannot
+            train on one image with a 1 x 1 map.
+    """
+    sampler = EpochBatchSampler(len(dataset), batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last)
+    return DetectionLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_use_one_thread,
+        persistent_workers=workers > 0,
+        # Unused, but without it the loader draws from the default generator, how often depends on `workers`.
+        generator=torch.Generator(),
+    )
+
+
+def _read_sample(annotation: Annotation) -> Sample:
+    pixels = read_image(annotation.image_path)
+    height, width = pixels.shape[:2]
+    if (width, height) != (annotation.width, annotation.height):
+        raise InputError(
+            f"{annotation.image_path}: {width} x {height} pixels, but its annotation says "
+            f"{annotation.width} x {annotation.height}"
+        )
+    return {
+        "image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)),
+        "boxes": tv_tensors.BoundingBoxes(
+            torch.tensor(annotation.boxes_xyxy), format="XYXY", canvas_size=(height, width)
+        ),
+        "labels": torch.tensor(annotation.labels),
+        "difficult": torch.tensor(annotation.difficult),
+    }
+
+
+def _derive_seed(*parts: int) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # 63 bits: torch takes signed numbers
+
+
+def _use_one_thread(_worker: int) -> None:
+    # PyTorch does so for its own threads; OpenCV's pool would not survive the fork.
+    cv2.setNumThreads(0)

@@ -1,0 +1,301 @@
+"""Reads images and boxes in PASCAL VOC layout.
+
+    ROOT/labels.txt                   class names, one a line, without background; absent: the 20 VOC classes
+    ROOT/ImageSets/Main/SPLIT.txt     one image id a line; further columns are ignored
+    ROOT/Annotations/ID.xml
+    ROOT/JPEGImages/ID.jpg            or .jpeg, .png
+
+Several roots can be joined, as in VOC07+12.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+
+from instaqnas.errors import InputError
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+MAX_XML_BYTES = 10_000_000
+MAX_NAMED_OBJECTS = 10  # in a warning
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Annotation:
+    """One image and its N objects.
+
+    NumPy arrays, because tensors would be sent to worker processes as one open file each.
+
+    Args:
+        image_id: its line in the split file.
+        image_path: the image file.
+        boxes_xyxy: float32 [N, 4], continuous pixels counted from 0, inside [0, width] x [0, height].
+        labels: int64 [N], 1 for the first class name (0 is background).
+        difficult: bool [N].
+        width: of the stored image, in pixels.
+        height: of the stored image, in pixels.
+    """
+
+    image_id: str
+    image_path: Path
+    boxes_xyxy: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+    width: int
+    height: int
+
+
+class _Classes(NamedTuple):
+    label_of: dict[str, int]
+    source: str  # where the names are from, for messages
+
+
+class _Object(NamedTuple):
+    box_xyxy: Box | None  # None: no area
+    label: int
+    difficult: bool
+
+
+def read_class_names(roots: Sequence[str | Path]) -> tuple[str, ...]:
+    """The class names of all `roots`, without background: those of labels.txt, or else `VOC_CLASSES`.
+
+    Raises:
+        InputError: no root, a root not in VOC layout, roots that disagree, or a labels.txt that is empty, repeats a
+            name or lists the background.
+    """
+    if not roots:
+        raise InputError("no data root given")
+    names_of = {_labels_source(root): _read_root_classes(root) for root in map(Path, roots)}
+    (first, names), *others = names_of.items()
+    for source, other_names in others:
+        if other_names != names:
+            raise InputError(f"class names differ: {source} has {_join(other_names)}; {first} has {_join(names)}")
+    return names
+
+
+def read_split(roots: Sequence[str | Path], split: str, class_names: Sequence[str]) -> list[Annotation]:
+    """The annotations of one split of all `roots`, in the order of the split files.
+
+    VOC's inclusive pixels counted from 1, (xmin, ymin, xmax, ymax), become (xmin - 1, ymin - 1, xmax, ymax). Boxes are
+    clipped to the image. Those without area in the file's own numbers (xmin = xmax or ymin = ymax: a slip of the mouse)
+    are dropped, and one warning names them. `<path>` and `<filename>` are not followed.
+
+    Raises:
+        InputError: wrong root, unknown or empty split, missing or broken file, wrong field; it names file and field.
+    """
+    label_of = {name: label for label, name in enumerate(class_names, start=1)}
+    annotations: list[Annotation] = []
+    dropped: list[str] = []
+    for root in map(Path, roots):
+        _check_layout(root)
+        classes = _Classes(label_of, _labels_source(root))
+        for image_id in _read_ids(root, split, class_names):
+            annotation, zero_area = _read_annotation(root, image_id, classes)
+            annotations.append(annotation)
+            dropped += [f"{image_id}.xml object {i}" for i in zero_area]
+    if not any(len(annotation.labels) for annotation in annotations):
+        raise InputError(f"split {split!r} of {_join(map(str, roots))}: no objects")
+    if dropped:
+        named = _join(dropped[:MAX_NAMED_OBJECTS]) + (", ..." if len(dropped) > MAX_NAMED_OBJECTS else "")
+        warnings.warn(f"split {split!r}: dropped boxes without area: {len(dropped)} ({named})", stacklevel=2)
+    return annotations
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """The stored pixels of an image file: uint8 [height, width, 3], RGB.
+
+    An EXIF orientation is ignored, because VOC boxes are in stored pixels.
+
+    Raises:
+        InputError: the file cannot be read or decoded.
+    """
+    try:
+        encoded = np.fromfile(path, np.uint8)
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except cv2.error as error:
+        raise InputError(f"{path}: not a readable image") from error
+    if image is None:
+        raise InputError(f"{path}: not a readable image")
+    return image
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _check_layout(root: Path) -> None:
+    if not root.is_dir():
+        raise InputError(f"{root}: not a folder")
+    for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        if not (root / name).is_dir():
+            raise InputError(f"{root}: no folder {name}, so not in PASCAL VOC layout")
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _labels_source(root: Path) -> str:
+    path = root / "labels.txt"
+    return str(path) if path.is_file() else f"{root} (without labels.txt: the VOC classes)"
+
+
+def _read_root_classes(root: Path) -> tuple[str, ...]:
+    _check_layout(root)
+    path = root / "labels.txt"
+    if not path.is_file():
+        return VOC_CLASSES
+    names = tuple(_read_lines(path))
+    if not names:
+        raise InputError(f"{path}: no class names")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{path}: class {name!r} is listed {count} times")
+        if name.strip("_").casefold() == "background":
+            raise InputError(f"{path}: {name!r} must not be listed, class 0 is background anyway")
+    return names
+
+
+def _read_ids(root: Path, split: str, class_names: Sequence[str]) -> list[str]:
+    folder = root / "ImageSets" / "Main"
+    path = folder / f"{split}.txt"
+    if not path.is_file():
+        # VOC also has one file per class and split, as cat_train.txt; they would drown the few that matter.
+        stems = sorted(file.stem for file in folder.glob("*.txt"))
+        known = [stem for stem in stems if not any(stem.startswith(f"{name}_") for name in class_names)]
+        raise InputError(f"{folder}: no split {split!r}; known: {_join(known) or 'none'}")
+    ids = [line.split()[0] for line in _read_lines(path)]
+    if not ids:
+        raise InputError(f"{path}: the split is empty")
+    image_id, count = Counter(ids).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{path}: {image_id!r} is listed {count} times")
+    return ids
+
+
+def _read_annotation(root: Path, image_id: str, classes: _Classes) -> tuple[Annotation, list[int]]:
+    """The annotation of one image, and the numbers of its objects without area, which are left out of it."""
+    path = root / "Annotations" / f"{image_id}.xml"
+    tree = _parse_xml(path)
+    width, height = _read_size(tree, path)
+    objects = [
+        _read_object(node, f"{path}: object {i}", classes, width, height)
+        for i, node in enumerate(tree.findall("object"))
+    ]
+    kept = [o for o in objects if o.box_xyxy is not None]
+    annotation = Annotation(
+        image_id,
+        _find_image(root, image_id),
+        np.array([o.box_xyxy for o in kept], np.float32).reshape(-1, 4),
+        np.array([o.label for o in kept], np.int64),
+        np.array([o.difficult for o in kept], bool),
+        width,
+        height,
+    )
+    return annotation, [i for i, o in enumerate(objects) if o.box_xyxy is None]
+
+
+def _find_image(root: Path, image_id: str) -> Path:
+    for suffix in IMAGE_SUFFIXES:
+        path = root / "JPEGImages" / f"{image_id}{suffix}"
+        if path.is_file():
+            return path
+    raise InputError(f"{root / 'JPEGImages' / image_id}.jpg: no such image, nor as {_join(IMAGE_SUFFIXES[1:])}")
+
+
+class _RefuseDoctype(ElementTree.TreeBuilder):
+    """Entities can only be declared in a document type; a search for its text would miss other encodings."""
+
+    def doctype(self, *_: object) -> None:
+        raise InputError("<!DOCTYPE is not accepted")
+
+
+def _parse_xml(path: Path) -> ElementTree.Element:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_XML_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) > MAX_XML_BYTES:
+        raise InputError(f"{path}: larger than {MAX_XML_BYTES} bytes")
+    try:
+        return ElementTree.fromstring(content, ElementTree.XMLParser(target=_RefuseDoctype()))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two: unusable encodings
+        raise InputError(f"{path}: not well-formed XML: {error}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read_number(node: ElementTree.Element, tag: str, where: str) -> float:
+    text = node.findtext(tag)
+    if text is None:
+        raise InputError(f"{where}: no {tag}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{where}: {tag} is not a number: {text!r}")
+    return value
+
+
+def _read_size(tree: ElementTree.Element, path: Path) -> tuple[int, int]:
+    size = tree.find("size")
+    if size is None:
+        raise InputError(f"{path}: no size")
+    width, height = (int(_read_number(size, tag, f"{path}: size")) for tag in ("width", "height"))
+    if width < 1 or height < 1:
+        raise InputError(f"{path}: size: {width} x {height} is not positive")
+    return width, height
+
+
+def _read_object(node: ElementTree.Element, where: str, classes: _Classes, width: int, height: int) -> _Object:
+    name = (node.findtext("name") or "").strip()
+    if not name:
+        raise InputError(f"{where}: no name")
+    if name not in classes.label_of:
+        raise InputError(f"{where}: class {name!r} is not in {classes.source}; known: {_join(classes.label_of)}")
+    difficult = (node.findtext("difficult") or "0").strip()
+    if difficult not in ("0", "1"):
+        raise InputError(f"{where}: difficult is neither 0 nor 1: {difficult!r}")
+    bndbox = node.find("bndbox")
+    if bndbox is None:
+        raise InputError(f"{where}: no bndbox")
+    return _Object(_read_box(bndbox, where, width, height), classes.label_of[name], difficult == "1")
+
+
+def _read_box(bndbox: ElementTree.Element, where: str, width: int, height: int) -> Box | None:
+    xmin, ymin, xmax, ymax = (_read_number(bndbox, tag, where) for tag in ("xmin", "ymin", "xmax", "ymax"))
+    if xmax < xmin:
+        raise InputError(f"{where}: xmax {xmax:g} < xmin {xmin:g}")
+    if ymax < ymin:
+        raise InputError(f"{where}: ymax {ymax:g} < ymin {ymin:g}")
+    if xmin == xmax or ymin == ymax:
+        return None
+    x1, y1, x2, y2 = max(xmin - 1, 0.0), max(ymin - 1, 0.0), min(xmax, float(width)), min(ymax, float(height))
+    if x1 >= x2 or y1 >= y2:
+        raise InputError(
+            f"{where}: box {xmin:g} {ymin:g} {xmax:g} {ymax:g} lies outside the image of {width} x {height}"
+        )
+    return x1, y1, x2, y2

@@ -1,0 +1,43 @@
+"""The SSD loss (Liu et al., ECCV 2016, equation 1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEGATIVES_PER_POSITIVE = 3
+
+
+def hard_negatives(background_loss: Tensor, positive: Tensor) -> Tensor:
+    """The three negatives per positive of each image with the highest loss, bool [B, P].
+
+    Args:
+        background_loss: cross-entropy of each default box against class 0, [B, P].
+        positive: bool [B, P].
+    """
+    loss = background_loss.masked_fill(positive, -torch.inf)
+    rank = loss.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (rank < NEGATIVES_PER_POSITIVE * positive.sum(1, keepdim=True)) & ~positive
+
+
+def multibox_loss(box_offsets: Tensor, class_logits: Tensor, targets: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Smooth-L1 over positives and cross-entropy over positives and hard negatives; the sum is to be minimised.
+
+    Both are divided by max(1, positives in the batch), not by B. An image without objects has no positives and
+    thereby no negatives either.
+
+    Args:
+        box_offsets: predicted offsets [B, P, 4].
+        class_logits: [B, P, C], class 0 is background.
+        targets: offsets of the matched objects [B, P, 4], arbitrary (even not finite) where the label is 0.
+        labels: [B, P], 0 is background.
+
+    Returns: scalars `box` and `class`.
+    """
+    positive = labels > 0
+    cross_entropy = F.cross_entropy(class_logits.transpose(1, 2).float(), labels, reduction="none")
+    chosen = positive | hard_negatives(cross_entropy.detach(), positive)
+    positives = positive.sum().clamp(min=1)
+    box_loss = F.smooth_l1_loss(box_offsets[positive].float(), targets[positive], reduction="sum")
+    return {"box": box_loss / positives, "class": cross_entropy[chosen].sum() / positives}

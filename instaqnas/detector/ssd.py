@@ -1,0 +1,184 @@
+"""MobileNetV1-SSD whose pointwise convolutions run at a bit choice picked per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from instaqnas.detector.default_boxes import BOXES_PER_CELL, default_boxes, encode, match
+from instaqnas.detector.mobilenet import BLOCKS, MobileNet, scaled_channels
+from instaqnas.detector.multibox_loss import multibox_loss
+from instaqnas.quant.bitops import CostTable, LayerCost, measure_layers
+from instaqnas.quant.quantizers import FULL_PRECISION
+from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
+
+EXTRAS = ((256, 512), (128, 256), (128, 256), (128, 256))  # channels of the 1x1 and of the strided 3x3
+SOURCE_BLOCKS = (10, 12)
+PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
+POSITIONS = tuple(f"backbone.blocks.{block}.pointwise" for block in range(len(BLOCKS)))
+
+
+@dataclass(frozen=True)
+class DetectorBits:
+    """Bit choices of every layer: `choices` of the pointwise convolutions, one fixed choice of all others."""
+
+    choices: Sequence[BitChoice]
+    stem: BitChoice
+    depthwise: BitChoice
+    extras: BitChoice
+    heads: BitChoice
+
+    @staticmethod
+    def uniform(bits: int) -> DetectorBits:
+        """The same bits for weights and activations of all layers."""
+        both = (bits, bits)
+        return DetectorBits([both], both, both, both, both)
+
+    @staticmethod
+    def full_precision() -> DetectorBits:
+        """Nothing quantized: an ordinary network of the same parts."""
+        return DetectorBits.uniform(FULL_PRECISION)
+
+
+@dataclass(frozen=True)
+class SSDOutput:
+    """Raw outputs: box_offsets [B, P, 4] and class_logits [B, P, C], class 0 is background."""
+
+    box_offsets: Tensor
+    class_logits: Tensor
+
+
+class ExtraLayer(nn.Module):
+    """1x1 convolution, then 3x3 with stride 2, each with ReLU."""
+
+    def __init__(self, in_channels: int, channels: tuple[int, int], bits: BitChoice, *, batch_norm: bool) -> None:
+        super().__init__()
+        self.reduce = SwitchableConv2d(in_channels, channels[0], 1, [bits], batch_norm=batch_norm)
+        self.down = SwitchableConv2d(channels[0], channels[1], 3, [bits], stride=2, batch_norm=batch_norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, ceil(H / 2), ceil(W / 2)]."""
+        return F.relu_(self.down(F.relu_(self.reduce(x))))
+
+
+class SwitchableSSD(nn.Module):
+    """The detector: backbone, extra feature layers and heads on six feature maps.
+
+    Args:
+        classes: C, background included.
+        bits: bit choices of every layer.
+        image_size: side of the square input in pixels.
+        width: width multiplier of all channels but those of the heads.
+        extras_batch_norm: BatchNorm instead of a bias in the extra layers.
+        box_sizes: seven ascending default-box sizes in pixels; None takes those of the image size.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        bits: DetectorBits,
+        *,
+        image_size: int = 300,
+        width: float = 1.0,
+        extras_batch_norm: bool = False,
+        box_sizes: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.classes, self.image_size, self.choices = classes, image_size, tuple(bits.choices)
+        self.backbone = MobileNet(width, bits.choices, bits.stem, bits.depthwise)
+        source_channels = [self.backbone.channels[block] for block in SOURCE_BLOCKS]
+        self.extras = nn.ModuleList()
+        for channels in EXTRAS:
+            inner, outer = (scaled_channels(c, width) for c in channels)
+            layer = ExtraLayer(source_channels[-1], (inner, outer), bits.extras, batch_norm=extras_batch_norm)
+            self.extras.append(layer)
+            source_channels.append(outer)
+
+        def heads(outputs: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                SwitchableConv2d(c, BOXES_PER_CELL * outputs, 3, [bits.heads], batch_norm=False)
+                for c in source_channels
+            )
+
+        self.box_heads, self.class_heads = heads(4), heads(classes)
+        for head in [*self.box_heads, *self.class_heads]:
+            nn.init.xavier_uniform_(head.weight)
+        boxes = default_boxes(image_size, self._map_sizes(), box_sizes)
+        self.register_buffer("default_boxes_cxcywh", boxes, persistent=False)
+
+    def forward(self, images: Tensor, choices: Tensor) -> SSDOutput:
+        """Runs every image once, image b at bit configuration `choices[b]`.
+
+        Args:
+            images: RGB [B, 3, S, S], uint8 or float, 0 to 255.
+            choices: [B, L] indices of the K bit choices.
+        """
+        sources = self._sources((images.float() - PIXEL_MEAN) / PIXEL_SCALE, choices)
+        offsets = [_per_box(head(x), 4) for head, x in zip(self.box_heads, sources, strict=True)]
+        logits = [_per_box(head(x), self.classes) for head, x in zip(self.class_heads, sources, strict=True)]
+        return SSDOutput(torch.cat(offsets, 1), torch.cat(logits, 1))
+
+    def loss(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Multibox loss against objects in pixels: boxes_xyxy [B, N, 4], labels [B, N], 0 where there is none."""
+        defaults = self.default_boxes_cxcywh
+        boxes = boxes_xyxy / self.image_size
+        matched_labels, matched_boxes = match(box_convert(defaults, "cxcywh", "xyxy"), boxes, labels)
+        return multibox_loss(output.box_offsets, output.class_logits, encode(matched_boxes, defaults), matched_labels)
+
+    def _sources(self, x: Tensor, choices: Tensor) -> list[Tensor]:
+        """The six feature maps that the heads look at."""
+        blocks = self.backbone(x, choices)
+        sources = [blocks[block] for block in SOURCE_BLOCKS]
+        for layer in self.extras:
+            sources.append(layer(sources[-1]))
+        return sources
+
+    def _map_sizes(self) -> list[int]:
+        """Cells per side of the six feature maps: every strided 3x3 with padding 1 halves, rounding up."""
+        side, sides = -(-self.image_size // 2), []
+        for block, (_, stride) in enumerate(BLOCKS):
+            side = -(-side // stride)
+            if block in SOURCE_BLOCKS:
+                sides.append(side)
+        for _ in EXTRAS:
+            sides.append(-(-sides[-1] // 2))
+        return sides
+
+
+def _per_box(x: Tensor, values: int) -> Tensor:
+    """[B, boxes * values, H, W] -> [B, H * W * boxes, values], the order of the default boxes."""
+    return x.permute(0, 2, 3, 1).reshape(len(x), -1, values)
+
+
+def detector_layers(detector: SwitchableSSD) -> list[LayerCost]:
+    """MACs and bit choices of every convolution, from the shapes of one image."""
+    weight = detector.backbone.stem.weight
+    image = weight.new_zeros(1, 3, detector.image_size, detector.image_size)
+    choices = torch.zeros(1, len(POSITIONS), dtype=torch.int64, device=weight.device)
+    return measure_layers(detector, lambda: detector(image, choices))
+
+
+def detector_costs(detector: SwitchableSSD) -> CostTable:
+    """GBitOps of any bit configuration of the detector."""
+    return CostTable(detector_layers(detector), POSITIONS)
+
+
+@torch.no_grad()
+def copy_weights(source: SwitchableSSD, target: SwitchableSSD) -> None:
+    """Weights, biases and BatchNorm of a network with one bit choice into every choice of another of the same shape.
+
+    Step sizes are left alone: they belong to bit-widths and come from calibration.
+    """
+    for a, b in zip(source.modules(), target.modules(), strict=True):
+        if isinstance(a, SwitchableConv2d):
+            b.weight.copy_(a.weight)
+            if a.norm is None:
+                b.bias.copy_(a.bias)
+            else:
+                for name, value in a.norm.state_dict(keep_vars=True).items():
+                    getattr(b.norm, name).copy_(value)  # [1, C] spreads over [K, C]

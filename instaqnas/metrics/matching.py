@@ -1,0 +1,68 @@
+"""Which detections find an object, as the PASCAL VOC devkit decides it, for a whole batch at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_iou
+
+VOC_IOU_THRESHOLD = 0.5
+
+
+class Matches(NamedTuple):
+    """What became of each detection; one that is valid and neither of the two is a false positive.
+
+    true_positive: bool [B, D].
+    ignored: bool [B, D], found a difficult object, counts neither way.
+    """
+
+    true_positive: Tensor
+    ignored: Tensor
+
+
+def match_detections(
+    det_boxes_xyxy: Tensor,
+    det_scores: Tensor,
+    det_labels: Tensor,
+    gt_boxes_xyxy: Tensor,
+    gt_labels: Tensor,
+    gt_difficult: Tensor,
+    iou_threshold: float = VOC_IOU_THRESHOLD,
+) -> Matches:
+    """One-to-one matches of detections and objects of the same class and image.
+
+    Each detection takes the object with which it has the highest IoU (the first of equals), difficult ones included,
+    and no second choice. If the IoU reaches the threshold, a difficult object makes the detection ignored; of those
+    that take the same other object the one with the highest score (the first of equals) is the true positive.
+
+    Args:
+        det_boxes_xyxy: [B, D, 4], in any order.
+        det_scores: [B, D].
+        det_labels: int64 [B, D], 0 is padding.
+        gt_boxes_xyxy: [B, N, 4], in the units of `det_boxes_xyxy`.
+        gt_labels: int64 [B, N], 0 is padding.
+        gt_difficult: bool [B, N].
+        iou_threshold: lowest IoU of a match, above 0.
+
+    Source: VOCevaldet.m of the VOC2007 devkit, which asks for overlap >= 0.5.
+    """
+    # vmap: box_iou takes batches only since torchvision 0.24.
+    iou = torch.vmap(box_iou)(det_boxes_xyxy, gt_boxes_xyxy)  # [B, D, N]
+    same_class = (det_labels[:, :, None] == gt_labels[:, None, :]) & (det_labels > 0)[:, :, None]
+    # Padded boxes have no area, so their IoU may be NaN, which max would return: the comparison drops it.
+    iou = torch.where(same_class & (iou >= iou_threshold), iou, -1.0)
+    # One more object that nothing matches, for N = 0.
+    best_iou, best_gt = F.pad(iou, (0, 1), value=-1.0).max(dim=2)
+    found = best_iou >= 0
+    ignored = found & F.pad(gt_difficult, (0, 1)).gather(1, best_gt)
+    claims = found & ~ignored
+
+    lowest_rank = det_scores.shape[1]
+    rank = det_scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = torch.where(claims, rank, lowest_rank)
+    objects = (len(gt_labels), gt_labels.shape[1] + 1)
+    first_rank = rank.new_full(objects, lowest_rank).scatter_reduce(1, best_gt, rank, "amin")
+    return Matches(claims & (rank == first_rank.gather(1, best_gt)), ignored)

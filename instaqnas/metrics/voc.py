@@ -1,0 +1,161 @@
+"""PASCAL VOC mean average precision: records -> matches -> precision and recall -> AP -> mAP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instaqnas.metrics.matching import match_detections
+
+
+class RecordBatch(NamedTuple):
+    """Detections and objects of B images on the CPU, padded with label 0: the arguments of `match_detections`."""
+
+    det_boxes_xyxy: Tensor
+    det_scores: Tensor
+    det_labels: Tensor
+    gt_boxes_xyxy: Tensor
+    gt_labels: Tensor
+    gt_difficult: Tensor
+
+
+class DetectionRecords:
+    """Detections and objects of a split, collected batch by batch; what `voc_map` and `coco_ap` read.
+
+    `image_ids` lists all images in the order in which they were added, `batches` their `RecordBatch`es.
+    """
+
+    def __init__(self) -> None:
+        self.image_ids: list[str] = []
+        self.batches: list[RecordBatch] = []
+
+    def add(
+        self,
+        image_ids: Sequence[str],
+        det_boxes_xyxy: Tensor,
+        det_scores: Tensor,
+        det_labels: Tensor,
+        gt_boxes_xyxy: Tensor,
+        gt_labels: Tensor,
+        gt_difficult: Tensor,
+    ) -> None:
+        """Adds B images; shapes as in `match_detections`, on any device, boxes of an image all in the same units.
+
+        Raises:
+            ValueError: the tensors do not hold as many images as there are ids.
+        """
+        batch = (det_boxes_xyxy, det_scores, det_labels, gt_boxes_xyxy, gt_labels, gt_difficult)
+        if any(len(tensor) != len(image_ids) for tensor in batch):
+            raise ValueError(f"{len(image_ids)} image ids for batches of {[len(tensor) for tensor in batch]}")
+        self.image_ids += image_ids
+        self.batches.append(RecordBatch(*(tensor.detach().cpu() for tensor in batch)))
+
+
+@dataclass(frozen=True)
+class VocResult:
+    """mAP and AP by class name, in [0, 1].
+
+    A class without objects that count (none, or all difficult) has no AP: it is NaN in the dicts and left out of the
+    means. If no class has any, the means are NaN.
+    """
+
+    map_11pt: float
+    map_all_point: float
+    ap_11pt: dict[str, float]
+    ap_all_point: dict[str, float]
+
+
+def precision_recall(
+    scores: Tensor, true_positive: Tensor, ignored: Tensor, positives: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Precision and recall after each detection, from the highest score (the first of equals) to the lowest.
+
+    An ignored detection keeps its place and repeats the values before it; 0 and 0 where there are none.
+
+    Args:
+        scores: [..., D].
+        true_positive: bool [..., D].
+        ignored: bool [..., D], detections that count neither way; padding, too.
+        positives: objects that can be found, 1 or more: one number or a tensor [...].
+
+    Returns:
+        Precision and recall, float64 [..., D].
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    found = true_positive.gather(-1, order).double().cumsum(-1)
+    counted = (~ignored).gather(-1, order).double().cumsum(-1)
+    return found / counted.clamp(min=1), found / torch.as_tensor(positives, device=scores.device)[..., None]
+
+
+def average_precision_11_point(precision: Tensor, recall: Tensor) -> Tensor:
+    """Mean over recalls 0, 0.1, ..., 1 of the highest precision at that recall or more: float64 [...] in [0, 1].
+
+    `precision` and `recall` [..., D] as `precision_recall` returns them. Source: VOC2007 (Everingham et al., IJCV 2010,
+    section 4.2).
+    """
+    # Not linspace or arange by 0.1: their 0.3 is a little more than 3 / 10, so 3 of 10 objects would not reach it.
+    points = torch.arange(11, dtype=recall.dtype, device=recall.device) / 10
+    first = torch.searchsorted(recall.contiguous(), points.expand(*recall.shape[:-1], 11).contiguous())
+    return F.pad(_envelope(precision), (0, 1)).gather(-1, first).mean(-1)
+
+
+def average_precision_all_point(precision: Tensor, recall: Tensor) -> Tensor:
+    """Area under the highest precision at each recall or more: float64 [...] in [0, 1].
+
+    `precision` and `recall` [..., D] as `precision_recall` returns them. Source: VOC2010 and later devkits.
+    """
+    return (F.pad(recall, (1, 0)).diff(dim=-1) * _envelope(precision)).sum(-1)
+
+
+def voc_map(records: DetectionRecords, class_names: Sequence[str]) -> VocResult:
+    """VOC mAP at IoU 0.5, with both kinds of AP; classes without objects are left out of the means.
+
+    Args:
+        records: of all images of the split.
+        class_names: without background: label k is `class_names[k - 1]`.
+    """
+    scores, labels, true_positive, ignored = _match_all(records)
+    counts = _count_objects(records, len(class_names))
+    ap_11pt, ap_all_point = {}, {}
+    for label, (name, positives) in enumerate(zip(class_names, counts, strict=True), start=1):
+        ap_11pt[name] = ap_all_point[name] = math.nan
+        if positives:
+            own = labels == label
+            precision, recall = precision_recall(scores[own], true_positive[own], ignored[own], positives)
+            ap_11pt[name] = average_precision_11_point(precision, recall).item()
+            ap_all_point[name] = average_precision_all_point(precision, recall).item()
+    return VocResult(_mean_of_known(ap_11pt), _mean_of_known(ap_all_point), ap_11pt, ap_all_point)
+
+
+def _envelope(precision: Tensor) -> Tensor:
+    return precision.flip(-1).cummax(-1).values.flip(-1)
+
+
+def _match_all(records: DetectionRecords) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score, label, true positive and ignored of all detections of all images, each [detections]."""
+    columns = [(torch.zeros(0), torch.zeros(0, dtype=torch.int64), *[torch.zeros(0, dtype=torch.bool)] * 2)]
+    for batch in records.batches:
+        valid = batch.det_labels > 0
+        columns.append(
+            tuple(column[valid] for column in (batch.det_scores, batch.det_labels, *match_detections(*batch)))
+        )
+    scores, labels, true_positive, ignored = map(torch.cat, zip(*columns, strict=True))
+    return scores, labels, true_positive, ignored
+
+
+def _count_objects(records: DetectionRecords, classes: int) -> list[int]:
+    """Objects of each class that are not difficult."""
+    counts = torch.zeros(classes + 1, dtype=torch.int64)  # place 0: padding
+    for batch in records.batches:
+        counts += batch.gt_labels[~batch.gt_difficult].bincount(minlength=classes + 1)
+    return counts[1:].tolist()
+
+
+def _mean_of_known(ap: dict[str, float]) -> float:
+    return torch.tensor(list(ap.values()), dtype=torch.float64).nanmean().item()

@@ -1,0 +1,70 @@
+"""The policy network: a small quantized residual network that looks at the image (paper, section on the policy)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from instaqnas.quant.bitops import LayerCost, measure_layers
+from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
+
+PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
+BLOCKS = ((1, 1), (2, 2), (4, 2), (8, 2))  # (channels in units of the width, stride) of the residual blocks
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm, around them the identity or a 1x1 convolution with BatchNorm."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, bits: BitChoice) -> None:
+        super().__init__()
+        self.first = SwitchableConv2d(in_channels, out_channels, 3, [bits], stride=stride)
+        self.second = SwitchableConv2d(out_channels, out_channels, 3, [bits])
+        same = in_channels == out_channels and stride == 1
+        self.shortcut = nn.Identity() if same else SwitchableConv2d(in_channels, out_channels, 1, [bits], stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, ceil(H / stride), ceil(W / stride)]."""
+        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
+
+
+class PolicyNet(nn.Module):
+    """Logits of the bit choices at every position, from the image.
+
+    Args:
+        positions: L.
+        choices: K.
+        pool: factor by which the image is average-pooled first.
+        width: channels of the first block; the paper has 16.
+        bits: (weight bits, activation bits) at which the network runs and is counted.
+    """
+
+    def __init__(self, positions: int, choices: int, *, pool: int, width: int, bits: BitChoice) -> None:
+        super().__init__()
+        self.positions, self.choices, self.pool = positions, choices, pool
+        self.stem = SwitchableConv2d(3, width, 7, [bits], stride=2, signed_input=True)
+        self.blocks = nn.Sequential()
+        in_channels = width
+        for units, stride in BLOCKS:
+            self.blocks.append(ResidualBlock(in_channels, units * width, stride, bits))
+            in_channels = units * width
+        self.head = SwitchableConv2d(in_channels, positions * choices, 1, [bits], batch_norm=False)
+        nn.init.normal_(self.head.weight, std=0.01)  # an almost uniform policy to start from
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, L, K] for RGB images [B, 3, S, S], uint8 or float, 0 to 255."""
+        x = F.avg_pool2d((images.float() - PIXEL_MEAN) / PIXEL_SCALE, self.pool)
+        x = F.max_pool2d(F.relu(self.stem(x)), 3, stride=2, padding=1)
+        x = F.adaptive_avg_pool2d(self.blocks(x), 1)
+        return self.head(x).view(-1, self.positions, self.choices)
+
+
+def policy_layers(policy: PolicyNet, image_size: int) -> list[LayerCost]:
+    """MACs and bits of every layer of the policy for images of `image_size` pixels a side."""
+    image = torch.zeros(1, 3, image_size, image_size, device=policy.head.weight.device)
+    return measure_layers(policy, lambda: policy(image))
+
+
+def policy_gbitops(policy: PolicyNet, image_size: int) -> float:
+    """GBitOps of one decision."""
+    return sum(layer.bitops() for layer in policy_layers(policy, image_size)) / 1e9

@@ -1,0 +1,17 @@
+"""REINFORCE with a self-critical baseline (Williams, 1992; Rennie et al., CVPR 2017)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def policy_gradient_loss(log_prob: Tensor, advantage: Tensor, entropy: Tensor, entropy_beta: float) -> Tensor:
+    """Mean over images of -log p(a) * (R(sample) - R(greedy)) - beta * entropy: a scalar to be minimised.
+
+    Args:
+        log_prob: [B], of the sampled bit configuration, summed over positions.
+        advantage: [B], no gradient flows through it.
+        entropy: [B], of the policy, summed over positions.
+        entropy_beta: weight of the entropy bonus.
+    """
+    return (-log_prob * advantage.detach() - entropy_beta * entropy).mean()

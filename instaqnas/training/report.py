@@ -1,0 +1,98 @@
+"""What eval.py leaves behind: a table, report.json, per_image.csv and a plot of mAP against cost."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instaqnas.quant.switchable import BitChoice
+from instaqnas.training.evaluate import EvalReport
+from instaqnas.training.run_dir import versions
+
+ROW_KEYS = (
+    "map_11pt",
+    "map_all_point",
+    "coco_ap",
+    "gbitops_detector",
+    "gbitops_policy",
+    "gbitops_total",
+    "distinct_configs",
+    "images",
+)
+
+
+def choice_name(choice: BitChoice) -> str:
+    """`w3a4` for 3-bit weights and 4-bit activations."""
+    return "w{}a{}".format(*choice)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One way to choose bits: its name as in `--bits`, the checkpoint it ran on, its bit choices and its figures."""
+
+    bits: str
+    checkpoint: Path
+    choices: tuple[BitChoice, ...]
+    report: EvalReport
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values for report.json."""
+        figures = {key: getattr(self.report, key) for key in ROW_KEYS}
+        return {"bits": self.bits, **figures, "ap_11pt": self.report.ap_11pt, "checkpoint": str(self.checkpoint)}
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of the rows of report.json for the terminal."""
+    quality = f"{'mAP 11pt':>9}{'mAP all':>9}{'COCO AP':>9}"
+    lines = [f"{'bits':<14}{quality}{'GBitOps':>10}{'policy':>9}{'total':>10}{'configs':>9}"]
+    for row in rows:
+        quality = "".join(f"{100 * row[key]:>9.2f}" for key in ROW_KEYS[:3])
+        cost = f"{row['gbitops_detector']:>10.4f}{row['gbitops_policy']:>9.4f}{row['gbitops_total']:>10.4f}"
+        lines.append(f"{row['bits']:<14}{quality}{cost}{row['distinct_configs']:>9d}")
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, rows: Sequence[ReportRow], config: dict[str, Any]) -> None:
+    """Writes report.json, per_image.csv and pareto.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = [row.plain() for row in rows]
+    content = {"rows": plain, "config": config, "versions": versions(), "seed": config["seed"]}
+    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    _write_per_image(folder / "per_image.csv", rows)
+    plot_pareto(folder / "pareto.png", plain)
+
+
+def _write_per_image(path: Path, rows: Sequence[ReportRow]) -> None:
+    positions = len(rows[0].report.per_image[0].choices)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        header = ["bits", "image_id", "objects", "detections", "quality", "gbitops"]
+        writer.writerow([*header, *(f"position_{position:02d}" for position in range(positions))])
+        for row in rows:
+            names = [choice_name(choice) for choice in row.choices]
+            for image in row.report.per_image:
+                figures = [image.objects, image.detections, f"{image.quality:.4f}", f"{image.gbitops:.6f}"]
+                writer.writerow([row.bits, image.image_id, *figures, *(names[choice] for choice in image.choices)])
+
+
+def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A plot of mAP (11 points) against total GBitOps; full precision is a line, its cost is far off."""
+    from matplotlib.figure import Figure  # not pyplot: it would look for a display
+
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        if row["bits"] == "fp32":
+            label = f"fp32 ({row['gbitops_total']:.3g} GBitOps)"
+            axes.axhline(100 * row["map_11pt"], color="grey", linestyle="--", label=label)
+            continue
+        marker = {"policy": "*", "random": "D"}.get(row["bits"], "o")
+        axes.plot(row["gbitops_total"], 100 * row["map_11pt"], marker, markersize=9, label=row["bits"])
+    axes.set(xlabel="GBitOps per image, policy included", ylabel="mAP at IoU 0.5, 11 points (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path)

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from instaqnas.data.loader import Batch, DetectionDataset, EpochBatchSampler, collate, make_loader
+from instaqnas.data.transforms import eval_transform, train_transform
+from instaqnas.data.voc import Annotation
+from instaqnas.errors import InputError
+
+
+def make_annotations(folder: Path, count: int) -> list[Annotation]:
+    """Images of noise; image i has i % 3 objects."""
+    rng = np.random.default_rng(0)
+    annotations = []
+    for i in range(count):
+        path = folder / f"{i}.jpg"
+        cv2.imwrite(str(path), rng.integers(0, 256, (60, 80, 3), np.uint8))
+        n = i % 3
+        boxes = np.tile(np.float32([10, 10, 60, 50]), (n, 1))
+        annotations.append(Annotation(f"id{i}", path, boxes, np.full(n, 2), np.zeros(n, bool), 80, 60))
+    return annotations
+
+
+@pytest.fixture
+def annotations(tmp_path) -> list[Annotation]:
+    return make_annotations(tmp_path, 7)
+
+
+@pytest.fixture
+def dataset(annotations) -> DetectionDataset:
+    return DetectionDataset(annotations, train_transform(32, vertical_flip=True), seed=3)
+
+
+def read_epoch(loader, epoch: int) -> list[Batch]:
+    loader.set_epoch(epoch)
+    return list(loader)
+
+
+def assert_same(batches: list[Batch], others: list[Batch]) -> None:
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.image_ids == other.image_ids
+        for name in ("images", "boxes_xyxy", "labels", "difficult", "indices"):
+            assert torch.equal(getattr(batch, name), getattr(other, name)), name
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(dataset):
+    alone = make_loader(dataset, 3, shuffle=True, seed=5, workers=0)
+    helped = make_loader(dataset, 3, shuffle=True, seed=5, workers=2)
+    for epoch in (0, 1):
+        assert_same(read_epoch(alone, epoch), read_epoch(helped, epoch))
+
+
+def test_a_later_epoch_can_be_read_without_the_earlier_ones(dataset):
+    loader = make_loader(dataset, 3, shuffle=True, seed=5, workers=0)
+    read_epoch(loader, 0)
+    fresh = make_loader(dataset, 3, shuffle=True, seed=5, workers=0)
+    assert_same(read_epoch(loader, 1), read_epoch(fresh, 1))
+
+
+def test_pixels_differ_between_epochs_seeds_and_indices_of_the_same_image(annotations):
+    transform = train_transform(32, vertical_flip=True)
+    twice = [annotations[2], annotations[2]]
+    dataset, other_seed = (DetectionDataset(twice, transform, seed=seed) for seed in (0, 1))
+    images = [dataset[0, 0], dataset[1, 0], dataset[0, 1], other_seed[0, 0]]
+    for i, first in enumerate(images):
+        for second in images[i + 1 :]:
+            assert not torch.equal(first["image"], second["image"])
+    assert torch.equal(dataset[0, 0]["image"], images[0]["image"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_random_state_of_the_process_alone(dataset, workers):
+    torch.manual_seed(11)
+    expected = torch.get_rng_state()
+    read_epoch(make_loader(dataset, 3, shuffle=True, seed=0, workers=workers), 0)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_loading_does_not_reseed_accelerators(dataset, monkeypatch):
+    def refuse(seed: int) -> None:
+        raise AssertionError(f"CUDA was seeded with {seed}")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    assert dataset[0, 2]["image"].shape == (3, 32, 32)
+
+
+def test_loading_does_not_depend_on_the_random_state_of_the_process(dataset):
+    torch.manual_seed(1)
+    first = dataset[0, 2]["image"]
+    torch.manual_seed(2)
+    assert torch.equal(dataset[0, 2]["image"], first)
+
+
+def test_the_dataset_can_be_sent_to_another_process(dataset):
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy[0, 2]["image"], dataset[0, 2]["image"])
+
+
+def test_evaluation_reads_all_images_in_order_with_all_objects(annotations):
+    annotations[2].difficult[1] = True
+    loader = make_loader(DetectionDataset(annotations, eval_transform(40)), 3, shuffle=False, seed=0, workers=0)
+    batches = list(loader)
+    assert len(loader) == 3
+    assert [b.indices.tolist() for b in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert batches[0].image_ids == ["id0", "id1", "id2"]
+    assert batches[0].labels.tolist() == [[0, 0], [2, 0], [2, 2]]
+    assert batches[0].difficult.tolist() == [[False, False], [False, False], [False, True]]
+    scaled = [5, 10 * 40 / 60, 30, 50 * 40 / 60]
+    expected = torch.tensor([[[0.0] * 4, [0.0] * 4], [scaled, [0.0] * 4], [scaled, scaled]])
+    torch.testing.assert_close(batches[0].boxes_xyxy, expected)
+    assert batches[2].boxes_xyxy.shape == (1, 0, 4)
+    assert batches[2].labels.shape == batches[2].difficult.shape == (1, 0)
+
+
+def test_training_leaves_difficult_objects_out(annotations):
+    annotations[2].difficult[:] = True
+    dataset = DetectionDataset(annotations, train_transform(32, vertical_flip=False))
+    assert dataset[0, 2]["labels"].shape == (0,)
+    assert len(dataset[0, 5]["labels"]) > 0
+
+
+def test_collate_has_the_documented_types_and_layout(dataset):
+    batch = collate([dataset[0, i] for i in range(4)])
+    assert (batch.images.shape, batch.images.dtype) == ((4, 3, 32, 32), torch.uint8)
+    assert batch.images.is_contiguous()
+    assert batch.boxes_xyxy.dtype == torch.float32
+    assert batch.labels.dtype == batch.indices.dtype == torch.int64
+    assert batch.difficult.dtype == torch.bool
+
+
+def test_a_batch_moves_all_its_tensors(dataset):
+    moved = collate([dataset[0, 2]]).to("meta")
+    tensors = (moved.images, moved.boxes_xyxy, moved.labels, moved.difficult, moved.indices)
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert moved.image_ids == ["id2"]
+
+
+@pytest.mark.parametrize(
+    ("n", "drop_last", "sizes"),
+    [
+        (7, False, [3, 3, 1]),
+        (7, True, [3, 3]),
+        (6, True, [3, 3]),
+        (2, True, [2]),
+        (2, False, [2]),
+    ],
+)
+def test_the_last_batch_is_dropped_on_request_unless_it_is_the_only_one(n, drop_last, sizes):
+    sampler = EpochBatchSampler(n, 3, seed=0, shuffle=True, drop_last=drop_last)
+    assert [len(keys) for keys in sampler] == sizes
+    assert len(sampler) == len(sizes)
+
+
+def test_every_epoch_has_its_own_order_of_all_samples():
+    sampler = EpochBatchSampler(20, 6, seed=0, shuffle=True, drop_last=False)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        keys = [key for batch in sampler for key in batch]
+        assert {e for e, _ in keys} == {epoch}
+        assert sorted(index for _, index in keys) == list(range(20))
+        orders.append(tuple(index for _, index in keys))
+    assert len(set(orders)) == 3
+    other_seed = EpochBatchSampler(20, 20, seed=1, shuffle=True, drop_last=False)
+    assert tuple(index for _, index in next(iter(other_seed))) != orders[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_reported_in_one_line(annotations, workers):
+    annotations[1].image_path.write_bytes(b"broken")
+    dataset = DetectionDataset(annotations, eval_transform(32))
+    loader = make_loader(dataset, 2, shuffle=False, seed=0, workers=workers)
+    with pytest.raises(InputError) as caught:
+        list(loader)
+    assert str(caught.value) == f"{annotations[1].image_path}: not a readable image"
+
+
+def test_an_image_of_another_size_than_its_annotation_is_an_error(annotations):
+    path = annotations[0].image_path
+    cv2.imwrite(str(path), np.zeros((80, 60, 3), np.uint8))
+    with pytest.raises(InputError) as caught:
+        DetectionDataset(annotations, eval_transform(32))[0, 0]
+    assert str(caught.value) == f"{path}: 60 x 80 pixels, but its annotation says 80 x 60"

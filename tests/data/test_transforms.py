@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from instaqnas.data.transforms import RandomIoUCrop, eval_transform, train_transform
+
+HEIGHT, WIDTH = 120, 160
+
+
+def make_sample(boxes: list, labels: list | None = None, difficult: list | None = None) -> dict:
+    """A black image with each box filled in white."""
+    image = torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)
+    for x1, y1, x2, y2 in boxes:
+        image[:, y1:y2, x1:x2] = 255
+    boxes_xyxy = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return {
+        "image": tv_tensors.Image(image),
+        "boxes": tv_tensors.BoundingBoxes(boxes_xyxy, format="XYXY", canvas_size=(HEIGHT, WIDTH)),
+        "labels": torch.tensor(labels or [1] * len(boxes), dtype=torch.int64),
+        "difficult": torch.tensor(difficult or [False] * len(boxes), dtype=torch.bool),
+    }
+
+
+def visible_extent(image: torch.Tensor, inside_xy: tuple[int, int]) -> torch.Tensor:
+    """xyxy of all pixels of about the same brightness as the one at `inside_xy`."""
+    grey = image.float().mean(0)
+    ys, xs = ((grey - grey[inside_xy[1], inside_xy[0]]).abs() < 25).nonzero(as_tuple=True)
+    return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+
+
+def test_eval_transform_scales_image_and_boxes_and_keeps_difficult_objects():
+    sample = make_sample([(16, 12, 80, 60), (0, 0, 160, 120)], labels=[2, 1], difficult=[True, False])
+    out = eval_transform(80)(sample)
+    assert out["image"].shape == (3, 80, 80)
+    assert out["image"].dtype == torch.uint8
+    assert out["boxes"].tolist() == [[8, 8, 40, 40], [0, 0, 80, 80]]
+    assert out["labels"].tolist() == [2, 1]
+    assert out["difficult"].tolist() == [True, False]
+
+
+def test_transforms_return_plain_tensors():
+    for transform in (eval_transform(32), train_transform(32, vertical_flip=True)):
+        out = transform(make_sample([(20, 20, 90, 90)]))
+        assert {type(value) for value in out.values()} == {torch.Tensor}
+        assert out["boxes"].dtype == torch.float32
+
+
+def test_boxes_follow_the_pixels_through_the_train_transform():
+    transform = train_transform(96, vertical_flip=True)
+    sample = make_sample([(24, 18, 72, 48)])
+    seen = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        out = transform(sample)
+        assert out["image"].shape == (3, 96, 96)
+        for box in out["boxes"]:
+            assert (box >= 0).all()
+            assert (box <= 96).all()
+            centre = tuple(int(v) for v in (box[:2] + box[2:]) / 2)
+            torch.testing.assert_close(visible_extent(out["image"], centre), box, atol=2.5, rtol=0)
+            seen.add((box[0] > 48).item())
+            seen.add(f"lower half: {(box[1] > 48).item()}")
+    assert len(seen) == 4, "60 draws did not flip both ways"
+
+
+def test_without_vertical_flip_what_is_above_stays_above():
+    transform = train_transform(64, vertical_flip=False)
+    sample = make_sample([(40, 10, 120, 40), (40, 80, 120, 110)], labels=[1, 2])
+    orders = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        out = transform(sample)
+        if out["labels"].tolist() == [1, 2]:
+            orders.add((out["boxes"][0, 1] < out["boxes"][1, 1]).item())
+    assert orders == {True}
+
+
+def test_training_drops_difficult_objects_and_leaves_the_given_sample_alone():
+    sample = make_sample([(10, 10, 70, 70), (80, 10, 150, 110)], labels=[1, 2], difficult=[False, True])
+    transform = train_transform(64, vertical_flip=False)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        out = transform(sample)
+        assert out["labels"].tolist() == [1]
+        assert out["difficult"].tolist() == [False]
+        assert out["boxes"].shape == (1, 4)
+    assert sample["labels"].tolist() == [1, 2], "the given sample was changed"
+
+
+def test_an_image_without_objects_or_with_difficult_ones_only_passes_the_train_transform():
+    transform = train_transform(64, vertical_flip=True)
+    for sample in (make_sample([]), make_sample([(10, 10, 70, 70)], difficult=[True])):
+        for seed in range(10):
+            torch.manual_seed(seed)
+            out = transform(sample)
+            assert out["image"].shape == (3, 64, 64)
+            assert out["boxes"].shape == (0, 4)
+            assert out["labels"].shape == out["difficult"].shape == (0,)
+
+
+def test_labels_stay_with_their_boxes_when_objects_vanish():
+    boxes = [(5, 5, 30, 25), (120, 10, 155, 30), (10, 80, 50, 115), (60, 40, 110, 100)]
+    transform = train_transform(128, vertical_flip=True)
+    counts = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        out = transform(make_sample(boxes, labels=[1, 2, 3, 4]))
+        counts.add(len(out["labels"]))
+        # The same draw with the labels reversed must give the same boxes with the reversed labels.
+        torch.manual_seed(seed)
+        other = transform(make_sample(boxes, labels=[4, 3, 2, 1]))
+        assert torch.equal(other["boxes"], out["boxes"])
+        assert (other["labels"] + out["labels"] == 5).all()
+        assert len(out["boxes"]) == len(out["labels"]) == len(out["difficult"])
+    assert len(counts) > 1, "no draw dropped an object"
+
+
+def test_iou_crop_keeps_torchvisions_promises():
+    torch.manual_seed(0)
+    boxes = torch.tensor([[20.0, 10, 70, 60], [90, 50, 150, 110]])
+    given = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(HEIGHT, WIDTH))
+    crop = RandomIoUCrop(sampler_options=[0.5])
+    for _ in range(200):
+        params = crop.make_params([given])
+        left, top, width, height = (params[key] for key in ("left", "top", "width", "height"))
+        assert 0 <= left < left + width <= WIDTH
+        assert 0 <= top < top + height <= HEIGHT
+        assert 0.5 <= width / height <= 2
+        assert int(0.3 * WIDTH) <= width
+        assert int(0.3 * HEIGHT) <= height
+        ious = []
+        for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+            inside = left < (x1 + x2) / 2 < left + width and top < (y1 + y2) / 2 < top + height
+            assert params["is_within_crop_area"][i].item() == inside
+            shared_w, shared_h = min(x2, left + width) - max(x1, left), min(y2, top + height) - max(y1, top)
+            shared = max(shared_w, 0) * max(shared_h, 0)
+            ious.append(inside * shared / ((x2 - x1) * (y2 - y1) + width * height - shared))
+        assert max(ious) >= 0.5
+
+
+def test_iou_crop_has_torchvisions_distribution():
+    boxes = torch.tensor([[20.0, 10, 70, 60], [90, 50, 150, 110], [5, 80, 30, 100]])
+    given = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(HEIGHT, WIDTH))
+    image = tv_tensors.Image(torch.zeros(3, HEIGHT, WIDTH))
+    rows = []
+    for crop in (RandomIoUCrop(), v2.RandomIoUCrop()):
+        torch.manual_seed(1)
+        draws = [crop.make_params([image, given]) for _ in range(600)]
+        cropped = [p for p in draws if p]
+        rows.append([len(cropped) / len(draws)] + [
+            sum(float(p[key].sum() if key.startswith("is") else p[key]) for p in cropped) / len(cropped) / scale
+            for key, scale in (("width", WIDTH), ("height", HEIGHT), ("left", WIDTH), ("top", HEIGHT),
+                               ("is_within_crop_area", 3))
+        ])  # fmt: skip
+    torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]), atol=0.06, rtol=0)

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from instaqnas.data import voc
+from instaqnas.errors import InputError
+
+SIZE = "<size><width>100</width><height>80</height><depth>3</depth></size>"
+
+
+def object_xml(box: tuple, name: str = "cat", difficult: str = "<difficult>0</difficult>") -> str:
+    corners = "".join(f"<{tag}>{v}</{tag}>" for tag, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    return f"<object><name>{name}</name>{difficult}<bndbox>{corners}</bndbox></object>"
+
+
+def write_root(root: Path, xml_of: dict[str, str], labels: str | None = "cat\ndog\n", split: str = "train") -> Path:
+    """A tree in VOC layout; `xml_of` maps image ids to what stands inside <annotation>."""
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / f"ImageSets/Main/{split}.txt").write_text("".join(f"{image_id}\n" for image_id in xml_of))
+    for image_id, body in xml_of.items():
+        (root / f"Annotations/{image_id}.xml").write_text(f"<annotation>{body}</annotation>")
+        cv2.imwrite(str(root / f"JPEGImages/{image_id}.jpg"), np.zeros((80, 100, 3), np.uint8))
+    if labels is not None:
+        (root / "labels.txt").write_text(labels)
+    return root
+
+
+def read_one(root: Path, *objects: str) -> voc.Annotation:
+    (annotation,) = voc.read_split([write_root(root, {"a": SIZE + "".join(objects)})], "train", ("cat", "dog"))
+    return annotation
+
+
+def assert_split_error(root: Path, message: str, split: str = "train") -> None:
+    with pytest.raises(InputError) as caught:
+        voc.read_split([root], split, ("cat", "dog"))
+    assert str(caught.value) == message
+
+
+def test_there_are_twenty_voc_classes_in_alphabetical_order():
+    assert len(set(voc.VOC_CLASSES)) == 20
+    assert list(voc.VOC_CLASSES) == sorted(voc.VOC_CLASSES)
+
+
+def test_inclusive_boxes_from_1_become_continuous_boxes_from_0(tmp_path):
+    annotation = read_one(tmp_path, object_xml((1, 1, 100, 80), "dog"), object_xml((11, 21, 30, 22)))
+    assert annotation.boxes_xyxy.dtype == np.float32
+    assert annotation.boxes_xyxy.tolist() == [[0, 0, 100, 80], [10, 20, 30, 22]]
+    assert annotation.labels.dtype == np.int64
+    assert annotation.labels.tolist() == [2, 1]
+    assert (annotation.image_id, annotation.width, annotation.height) == ("a", 100, 80)
+    assert annotation.image_path == tmp_path / "JPEGImages/a.jpg"
+
+
+def test_fractional_boxes_are_accepted(tmp_path):
+    annotation = read_one(tmp_path, object_xml((1.5, 2.25, 10.5, 20)))
+    assert annotation.boxes_xyxy.tolist() == [[0.5, 1.25, 10.5, 20]]
+
+
+def test_boxes_that_stick_out_are_clipped_to_the_image(tmp_path):
+    annotation = read_one(tmp_path, object_xml((0, -5, 10, 20)), object_xml((91, 71, 110, 81)))
+    assert annotation.boxes_xyxy.tolist() == [[0, 0, 10, 20], [90, 70, 100, 80]]
+
+
+def test_difficult_is_read_and_defaults_to_false(tmp_path):
+    box = (1, 1, 10, 10)
+    marked, unmarked = object_xml(box, difficult="<difficult>1</difficult>"), object_xml(box, difficult="")
+    annotation = read_one(tmp_path, marked, unmarked)
+    assert annotation.difficult.dtype == bool
+    assert annotation.difficult.tolist() == [True, False]
+
+
+def test_an_image_without_objects_is_kept(tmp_path):
+    root = write_root(tmp_path, {"a": SIZE, "b": SIZE + object_xml((1, 1, 10, 10))})
+    empty, _ = voc.read_split([root], "train", ("cat",))
+    assert empty.boxes_xyxy.shape == (0, 4)
+    assert empty.labels.shape == empty.difficult.shape == (0,)
+
+
+def test_parts_of_an_object_are_no_objects(tmp_path):
+    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+    annotation = read_one(tmp_path, object_xml((5, 6, 7, 8)).replace("<name>", f"{part}<name>", 1))
+    assert annotation.boxes_xyxy.tolist() == [[4, 5, 7, 8]]
+
+
+def test_path_and_filename_are_not_followed(tmp_path):
+    extra = "<filename>other.jpg</filename><path>/nowhere/other.jpg</path>"
+    assert read_one(tmp_path, extra, object_xml((1, 1, 9, 9))).image_path == tmp_path / "JPEGImages/a.jpg"
+
+
+@pytest.mark.parametrize("suffix", [".jpeg", ".png"])
+def test_other_image_suffixes_are_found(tmp_path, suffix):
+    root = write_root(tmp_path, {"a": SIZE + object_xml((1, 1, 10, 10))})
+    (root / "JPEGImages/a.jpg").rename(root / f"JPEGImages/a{suffix}")
+    (annotation,) = voc.read_split([root], "train", ("cat",))
+    assert annotation.image_path.name == f"a{suffix}"
+
+
+def test_roots_are_joined_in_order_and_further_columns_of_a_split_are_ignored(tmp_path):
+    body = SIZE + object_xml((1, 1, 10, 10))
+    first, second = write_root(tmp_path / "07", {"b": body, "a": body}), write_root(tmp_path / "12", {"a": body})
+    (first / "ImageSets/Main/train.txt").write_text("b  1\r\n\na -1\n")
+    annotations = voc.read_split([str(first), second], "train", ("cat",))
+    assert [str(a.image_path.relative_to(tmp_path)) for a in annotations] == [
+        "07/JPEGImages/b.jpg", "07/JPEGImages/a.jpg", "12/JPEGImages/a.jpg",
+    ]  # fmt: skip
+
+
+def test_one_warning_counts_and_names_boxes_without_area(tmp_path):
+    good = object_xml((1, 1, 10, 10))
+    body_of = {"a": SIZE + good + object_xml((50, 33, 50, 33)), "b": SIZE + object_xml((5, 5, 5, 9)) + good}
+    with pytest.warns(UserWarning) as caught:
+        annotations = voc.read_split([write_root(tmp_path, body_of)], "train", ("cat",))
+    assert [str(w.message) for w in caught] == [
+        "split 'train': dropped boxes without area: 2 (a.xml object 1, b.xml object 0)"
+    ]
+    assert [a.boxes_xyxy.tolist() for a in annotations] == [[[0, 0, 10, 10]]] * 2
+
+
+def test_the_warning_names_ten_boxes_at_most(tmp_path):
+    objects = object_xml((1, 1, 10, 10)) + 11 * object_xml((5, 5, 5, 5))
+    with pytest.warns(UserWarning, match=r"area: 11 \(.*a\.xml object 10, \.\.\.\)$"):
+        read_one(tmp_path, objects)
+
+
+def test_a_clean_split_gives_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_one(tmp_path, object_xml((1, 1, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (object_xml((52, 1, 40, 9)), "object 1: xmax 40 < xmin 52"),
+        (object_xml((1, 9.5, 40, 9)), "object 1: ymax 9 < ymin 9.5"),
+        (object_xml((101, 1, 120, 9)), "object 1: box 101 1 120 9 lies outside the image of 100 x 80"),
+        (object_xml((-9, 1, 0, 9)), "object 1: box -9 1 0 9 lies outside the image of 100 x 80"),
+        (object_xml((1, 1, "x", 9)), "object 1: xmax is not a number: 'x'"),
+        (object_xml((1, "nan", 5, 9)), "object 1: ymin is not a number: 'nan'"),
+        (object_xml((1, 1, "", 9)), "object 1: xmax is not a number: ''"),
+        (object_xml((1, 1, 5, 9)).replace("ymax", "top"), "object 1: no ymax"),
+        (object_xml((1, 1, 5, 9)).replace("bndbox", "box"), "object 1: no bndbox"),
+        (object_xml((1, 1, 5, 9)).replace("name", "label"), "object 1: no name"),
+        (object_xml((1, 1, 5, 9), "  "), "object 1: no name"),
+        (object_xml((1, 1, 5, 9), difficult="<difficult>yes</difficult>"),
+         "object 1: difficult is neither 0 nor 1: 'yes'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_object_is_named(tmp_path, body, message):
+    root = write_root(tmp_path, {"a": SIZE + object_xml((1, 1, 9, 9)) + body})
+    assert_split_error(root, f"{root}/Annotations/a.xml: {message}")
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("", "no size"),
+        (SIZE.replace("100", "wide"), "size: width is not a number: 'wide'"),
+        (SIZE.replace("height", "rows"), "size: no height"),
+        (SIZE.replace("100", "0"), "size: 0 x 80 is not positive"),
+    ],
+)
+def test_a_wrong_size_is_named(tmp_path, size, message):
+    root = write_root(tmp_path, {"a": size + object_xml((1, 1, 9, 9))})
+    assert_split_error(root, f"{root}/Annotations/a.xml: {message}")
+
+
+def test_an_unknown_class_is_named_with_its_labels_file(tmp_path):
+    root = write_root(tmp_path, {"a": SIZE + object_xml((1, 1, 9, 9), "cow")})
+    where = f"{root}/Annotations/a.xml: object 0"
+    assert_split_error(root, f"{where}: class 'cow' is not in {root}/labels.txt; known: cat, dog")
+    (root / "labels.txt").unlink()
+    source = f"{root} (without labels.txt: the VOC classes)"
+    assert_split_error(root, f"{where}: class 'cow' is not in {source}; known: cat, dog")
+
+
+def test_a_wrong_root_is_named_with_what_it_lacks(tmp_path):
+    assert_split_error(tmp_path / "gone", f"{tmp_path}/gone: not a folder")
+    for missing in ("JPEGImages", "ImageSets/Main", "Annotations"):
+        root = tmp_path / missing[:5]
+        for folder in {"Annotations", "ImageSets/Main", "JPEGImages"} - {missing}:
+            (root / folder).mkdir(parents=True)
+        assert_split_error(root, f"{root}: no folder {missing}, so not in PASCAL VOC layout")
+
+
+def test_an_unknown_split_is_named_with_the_known_ones_but_not_with_those_of_single_classes(tmp_path):
+    for split in ("train", "val", "cat_train"):
+        write_root(tmp_path, {}, split=split)
+    message = f"{tmp_path}/ImageSets/Main: no split 'test'; known: train, val"
+    assert_split_error(tmp_path, message, split="test")
+
+
+def test_an_empty_split_is_an_error(tmp_path):
+    assert_split_error(write_root(tmp_path, {}), f"{tmp_path}/ImageSets/Main/train.txt: the split is empty")
+
+
+def test_a_split_without_objects_is_an_error(tmp_path):
+    assert_split_error(write_root(tmp_path, {"a": SIZE}), f"split 'train' of {tmp_path}: no objects")
+
+
+def test_an_id_listed_twice_is_an_error(tmp_path):
+    root = write_root(tmp_path, {"a": SIZE, "b": SIZE})
+    (root / "ImageSets/Main/train.txt").write_text("a\nb\na\n")
+    assert_split_error(root, f"{root}/ImageSets/Main/train.txt: 'a' is listed 2 times")
+
+
+def test_a_split_that_is_not_text_is_an_error(tmp_path):
+    root = write_root(tmp_path, {})
+    (root / "ImageSets/Main/train.txt").write_bytes(b"\xff\xfea\0")
+    assert_split_error(root, f"{root}/ImageSets/Main/train.txt: not UTF-8 text")
+
+
+def test_missing_files_are_named(tmp_path):
+    root = write_root(tmp_path, {"a": SIZE + object_xml((1, 1, 9, 9))})
+    (root / "JPEGImages/a.jpg").unlink()
+    assert_split_error(root, f"{root}/JPEGImages/a.jpg: no such image, nor as .jpeg, .png")
+    (root / "Annotations/a.xml").unlink()
+    assert_split_error(root, f"{root}/Annotations/a.xml: cannot be read: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<annotation>", "not well-formed XML: no element found: line 1, column 12"),
+        (b'<?xml version="1.0" encoding="nonsense"?><a/>', "not well-formed XML: unknown encoding: nonsense"),
+        (b'<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>', "<!DOCTYPE is not accepted"),
+        ("<!DOCTYPE a><a/>".encode("utf-16"), "<!DOCTYPE is not accepted"),
+        (b"<a>" + b" " * 10_000_000 + b"</a>", "larger than 10000000 bytes"),
+    ],
+)
+def test_unusable_xml_is_refused(tmp_path, content, message):
+    root = write_root(tmp_path, {"a": ""})
+    (root / "Annotations/a.xml").write_bytes(content)
+    assert_split_error(root, f"{root}/Annotations/a.xml: {message}")
+
+
+def test_class_names_are_the_lines_of_labels_txt_or_else_those_of_voc(tmp_path):
+    bare = write_root(tmp_path / "bare", {}, labels=None)
+    named = write_root(tmp_path / "named", {}, labels="\ufeffred cell\n white cell \r\n\n")
+    assert voc.read_class_names([bare, str(bare)]) == voc.VOC_CLASSES
+    assert voc.read_class_names([named]) == ("red cell", "white cell")
+
+
+def test_roots_with_different_class_names_are_an_error(tmp_path):
+    roots = [write_root(tmp_path / name, {}, labels=name) for name in ("cat", "dog")]
+    with pytest.raises(InputError, match=r"dog/labels\.txt has dog; .*cat/labels\.txt has cat$"):
+        voc.read_class_names(roots)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("cat\ndog\ncat", "class 'cat' is listed 2 times"),
+        ("__background__\ncat", "'__background__' must not be listed, class 0 is background anyway"),
+        ("BACKGROUND\ncat", "'BACKGROUND' must not be listed, class 0 is background anyway"),
+        ("\n", "no class names"),
+    ],
+)
+def test_wrong_class_names_are_named(tmp_path, labels, message):
+    root = write_root(tmp_path, {}, labels=labels)
+    with pytest.raises(InputError) as caught:
+        voc.read_class_names([root])
+    assert str(caught.value) == f"{root}/labels.txt: {message}"
+
+
+def test_class_names_of_no_root_or_a_wrong_root_are_an_error(tmp_path):
+    with pytest.raises(InputError, match="no data root given"):
+        voc.read_class_names([])
+    with pytest.raises(InputError, match="gone: not a folder"):
+        voc.read_class_names([tmp_path / "gone"])
+
+
+def test_an_image_is_read_as_rgb(tmp_path):
+    blue_green_red = np.zeros((2, 3, 3), np.uint8)
+    blue_green_red[..., 2] = 200
+    blue_green_red[0, 0] = (10, 20, 30)
+    cv2.imwrite(str(tmp_path / "a.png"), blue_green_red)
+    image = voc.read_image(tmp_path / "a.png")
+    assert image.dtype == np.uint8
+    assert image.tolist() == [[[30, 20, 10], [200, 0, 0], [200, 0, 0]], [[200, 0, 0]] * 3]
+
+
+def test_an_orientation_tag_is_ignored(tmp_path):
+    _, encoded = cv2.imencode(".jpg", np.zeros((8, 24, 3), np.uint8))
+    # APP1: Exif, little-endian TIFF, one entry: orientation (0x0112) = 6, a quarter turn
+    tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+    app1 = b"\xff\xe1" + (8 + len(tiff)).to_bytes(2, "big") + b"Exif\0\0" + tiff
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded.tobytes()[:2] + app1 + encoded.tobytes()[2:])
+    assert cv2.imread(str(path)).shape == (24, 8, 3), "the tag itself is not understood"
+    assert voc.read_image(path).shape == (8, 24, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0\0\0"])
+def test_a_broken_image_is_named(tmp_path, content):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        voc.read_image(path)
+    assert str(caught.value) == f"{path}: not a readable image"
+
+
+def test_an_absent_image_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"gone\.jpg: cannot be read: No such file"):
+        voc.read_image(tmp_path / "gone.jpg")
