@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -24,6 +23,7 @@ import yaml
 from instaqnas.errors import InputError
 
 BitChoice = tuple[int, int]  # (weight bits, activation bits); 32 means "not quantized"
+BoxSizes = tuple[int, int]  # (smaller, larger) in pixels
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class DataConfig:
         val_split: split that picks the best checkpoint; empty means that the last checkpoint counts.
         test_roots: folders of the test split; empty means `roots`.
         test_split: name of the split that eval.py reports.
+        augmentation: `ssd` zooms, crops, distorts and flips; `flips` only flips: better in short trainings.
         vertical_flip: also flip images upside down in training (microscopy, drawings).
         workers: processes that decode and augment; 0 does it in the main process.
     """
@@ -45,6 +46,7 @@ class DataConfig:
     val_split: str = ""
     test_roots: list[str] = field(default_factory=list)
     test_split: str = "test"
+    augmentation: Literal["ssd", "flips"] = "ssd"
     vertical_flip: bool = False
     workers: int = 2
 
@@ -57,13 +59,13 @@ class DetectorConfig:
         image_size: side of the square input in pixels.
         width: width multiplier of all channels.
         extras_batch_norm: BatchNorm in the extra feature layers (the paper has none; helps training from scratch).
-        box_sizes: seven ascending default-box sizes in pixels; None takes those of the image size.
+        box_sizes: six pairs [smaller, larger], the default boxes of each map in pixels; None takes the usual ones.
     """
 
     image_size: int = 300
     width: float = 1.0
     extras_batch_norm: bool = False
-    box_sizes: list[int] | None = None
+    box_sizes: list[BoxSizes] | None = None
 
 
 @dataclass(frozen=True)
@@ -253,8 +255,8 @@ def _are_choices(choices: list[BitChoice]) -> bool:
     return len(choices) > 0 and len(set(map(tuple, choices))) == len(choices) and all(map(_are_bits, choices))
 
 
-def _are_box_sizes(sizes: list[int] | None) -> bool:
-    return sizes is None or (len(sizes) == 7 and sizes[0] > 0 and all(a < b for a, b in pairwise(sizes)))
+def _are_box_sizes(sizes: list[BoxSizes] | None) -> bool:
+    return sizes is None or (len(sizes) == 6 and all(0 < smaller < larger for smaller, larger in sizes))
 
 
 # (fields, the test, what it asks for). A rule holds for the field of that name in every section.
@@ -285,7 +287,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("image_size", lambda v: v >= 64, "at least 64"),
     ("stem depthwise extras heads bits", _are_bits, "bit-widths from 2 to 8, or 32"),
     ("choices", _are_choices, "one or more different pairs of bit-widths from 2 to 8, or 32"),
-    ("box_sizes", _are_box_sizes, "seven ascending sizes above 0"),
+    ("box_sizes", _are_box_sizes, "six pairs [smaller, larger] above 0"),
 ]
 _RANGE_OF = {name: (test, wanted) for names, test, wanted in _RANGES for name in names.split()}
 
@@ -420,7 +422,7 @@ _WANTED = {
     bool: "true or false",
     str: "text",
     list[str]: "a list of texts, such as [a, b]",
-    list[int] | None: "a list of whole numbers, such as [1, 2]",
+    list[BoxSizes] | None: "a list of [smaller, larger]",
     BitChoice: "[weight bits, activation bits]",
     list[BitChoice]: "a list of [weight bits, activation bits]",
 }

@@ -29,6 +29,7 @@ from instaqnas.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain", "search", "finetune", "eval")
+BOX_SIZES = [[1, 2], [2, 3], [3, 4], [4, 5], [5, 6], [6, 7]]
 MINIMAL = "data: {roots: [voc]}\n"
 
 Parse = Callable[..., Command]
@@ -97,7 +98,7 @@ def test_command_line_can_give_what_yaml_lacks(parse: Parse) -> None:
 
 def test_option_values_take_the_type_of_the_setting(parse: Parse) -> None:
     options = ("--detector.box_sizes=null", "--data.val_split", "2007", "--data.vertical_flip", "true")
-    config = parse(MINIMAL + "detector: {box_sizes: [1, 2, 3, 4, 5, 6, 7]}\n", *options).config
+    config = parse(MINIMAL + f"detector: {{box_sizes: {BOX_SIZES}}}\n", *options).config
     assert config.detector.box_sizes is None
     assert config.data.val_split == "2007"
     assert config.data.vertical_flip is True
@@ -255,7 +256,7 @@ def test_word_that_belongs_to_no_option_is_named(refusal: Callable[..., str]) ->
         ("bits: {stem: 8}", "bits.stem: expected [weight bits, activation bits], got 8"),
         ("bits: {stem: [8, 8, 8]}", "bits.stem: expected [weight bits, activation bits], got [8, 8, 8]"),
         ("bits: {choices: [[2, 2], 3]}", "bits.choices: expected a list of [weight bits, activation bits], got 3"),
-        ("detector: {box_sizes: 3}", "detector.box_sizes: expected a list of whole numbers, such as [1, 2], got 3"),
+        ("detector: {box_sizes: 3}", "detector.box_sizes: expected a list of [smaller, larger], got 3"),
         ("finetune: {optimizer: adam}", "finetune.optimizer: expected one of adamw, sgd, got adam"),
         ("search: 3", "search: expected a section of settings, got 3"),
     ],
@@ -298,9 +299,15 @@ def test_key_without_value_is_refused(refusal: Callable[..., str]) -> None:
         ("--seed=-1", "0 to 4294967295, got -1"),
         ("--detector.image_size=63", "at least 64, got 63"),
         ("--detector.width=0", "more than 0, got 0.0"),
-        ("--detector.box_sizes=[1, 2, 3, 4, 5, 6]", "seven ascending sizes above 0, got [1, 2, 3, 4, 5, 6]"),
-        ("--detector.box_sizes=[1, 2, 3, 4, 5, 7, 7]", "seven ascending sizes above 0, got [1, 2, 3, 4, 5, 7, 7]"),
-        ("--detector.box_sizes=[0, 1, 2, 3, 4, 5, 6]", "seven ascending sizes above 0, got [0, 1, 2, 3, 4, 5, 6]"),
+        ("--detector.box_sizes=[[1, 2]]", "six pairs [smaller, larger] above 0, got [[1, 2]]"),
+        (
+            "--detector.box_sizes=[[1, 2], [2, 3], [3, 4], [4, 5], [5, 6], [7, 7]]",
+            "six pairs [smaller, larger] above 0, got [[1, 2], [2, 3], [3, 4], [4, 5], [5, 6], [7, 7]]",
+        ),
+        (
+            "--detector.box_sizes=[[0, 1], [2, 3], [3, 4], [4, 5], [5, 6], [6, 7]]",
+            "six pairs [smaller, larger] above 0, got [[0, 1], [2, 3], [3, 4], [4, 5], [5, 6], [6, 7]]",
+        ),
         ("--bits.stem=[9, 8]", "bit-widths from 2 to 8, or 32, got [9, 8]"),
         ("--bits.heads=[8, 1]", "bit-widths from 2 to 8, or 32, got [8, 1]"),
         ("--policy.bits=[16, 16]", "bit-widths from 2 to 8, or 32, got [16, 16]"),
@@ -353,7 +360,7 @@ def test_ranges_hold_for_configs_made_in_code() -> None:
 
 
 def test_plain_config_survives_yaml(parse: Parse) -> None:
-    config = parse(MINIMAL, "--bits.choices=[[2, 2], [8, 32]]", "--detector.box_sizes=[1,2,3,4,5,6,7]").config
+    config = parse(MINIMAL, "--bits.choices=[[2, 2], [8, 32]]", f"--detector.box_sizes={BOX_SIZES}").config
     plain = to_plain(config)
     assert plain["bits"]["choices"] == [[2, 2], [8, 32]]
     assert plain["bits"]["stem"] == [8, 8]

@@ -20,6 +20,18 @@ Sample = dict[str, Any]
 SampleTransform = Callable[[Sample], Sample]
 
 
+def flip_transform(image_size: int, *, vertical_flip: bool) -> SampleTransform:
+    """Resize to `image_size` squared and flip; difficult objects are dropped, as in `train_transform`."""
+    return v2.Compose([
+        drop_difficult,
+        v2.Resize((image_size, image_size), antialias=True),
+        v2.RandomHorizontalFlip(),
+        *([v2.RandomVerticalFlip()] if vertical_flip else []),
+        v2.SanitizeBoundingBoxes(labels_getter=_per_object),
+        v2.ToPureTensor(),
+    ])  # fmt: skip
+
+
 def train_transform(image_size: int, *, vertical_flip: bool) -> SampleTransform:
     """Zoom-out, IoU crop, resize to `image_size` squared, flip and photometric distortion (SSD paper, section 2.2).
 

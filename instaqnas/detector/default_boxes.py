@@ -14,16 +14,22 @@ BOXES_PER_CELL = 2 + 2 * len(ASPECT_RATIOS)
 CENTER_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
 MATCH_IOU = 0.5
 
-# Of the public MobileNetV1-SSD: strides and the seven ends of the six size ranges, in pixels.
+# Of the public MobileNetV1-SSD: strides of the six maps, and the ends of their adjoining size ranges, in pixels.
 STRIDES = {300: (16, 32, 64, 100, 150, 300), 224: (16, 32, 56, 112, 224, 224), 112: (16, 28, 56, 112, 112, 112)}
-BOX_SIZES = {
+RANGE_ENDS = {
     300: (60, 105, 150, 195, 240, 285, 330),
     224: (44, 78, 112, 145, 179, 212, 246),
     112: (22, 39, 56, 72, 89, 106, 123),
 }
 
 
-def default_boxes(image_size: int, maps: Sequence[int], box_sizes: Sequence[int] | None = None) -> Tensor:
+def size_ranges(image_size: int) -> list[tuple[int, int]]:
+    """(smaller, larger) default-box size of each of the six maps in pixels, for objects of all sizes as in VOC."""
+    ends = RANGE_ENDS.get(image_size) or [int(image_size * (0.2 + 0.15 * k)) for k in range(7)]
+    return list(zip(ends, ends[1:], strict=False))
+
+
+def default_boxes(image_size: int, maps: Sequence[int], box_sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
     """Default boxes as centre x, centre y, width, height in units of the image side, clamped to [0, 1].
 
     Per cell, row by row: a square of the map's smaller size, one of the geometric mean of its two sizes, and for
@@ -32,16 +38,15 @@ def default_boxes(image_size: int, maps: Sequence[int], box_sizes: Sequence[int]
     Args:
         image_size: side of the image in pixels.
         maps: cells per side of the six feature maps.
-        box_sizes: seven ascending sizes in pixels; map i covers sizes i to i + 1. None takes those of the image size.
+        box_sizes: (smaller, larger) size of each map in pixels; None takes those of the image size.
 
     Returns: [P, 4], P = 6 * sum(maps ** 2).
     """
-    if box_sizes is None:
-        box_sizes = BOX_SIZES.get(image_size) or [int(image_size * (0.2 + 0.15 * k)) for k in range(len(maps) + 1)]
+    box_sizes = box_sizes or size_ranges(image_size)
     strides = STRIDES.get(image_size) or [image_size / cells for cells in maps]
     boxes = []
-    for cells, stride, size, next_size in zip(maps, strides, box_sizes, box_sizes[1:], strict=False):
-        mean = math.sqrt(size * next_size)
+    for cells, stride, (size, larger) in zip(maps, strides, box_sizes, strict=True):
+        mean = math.sqrt(size * larger)
         shapes = [(size, size), (mean, mean)]
         for ratio in ASPECT_RATIOS:
             long, short = size * math.sqrt(ratio), size / math.sqrt(ratio)

@@ -75,7 +75,8 @@ class SwitchableSSD(nn.Module):
         image_size: side of the square input in pixels.
         width: width multiplier of all channels but those of the heads.
         extras_batch_norm: BatchNorm instead of a bias in the extra layers.
-        box_sizes: seven ascending default-box sizes in pixels; None takes those of the image size.
+        box_sizes: (smaller, larger) default-box size of each of the six maps in pixels; None takes those of the image
+            size.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class SwitchableSSD(nn.Module):
         image_size: int = 300,
         width: float = 1.0,
         extras_batch_norm: bool = False,
-        box_sizes: Sequence[int] | None = None,
+        box_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         super().__init__()
         self.classes, self.image_size, self.choices = classes, image_size, tuple(bits.choices)

@@ -104,7 +104,7 @@ class StepSizes(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """First step sizes from data: 2 * mean|x| / sqrt(highest level) (LSQ, 2.1); with a zero-point, from min and max."""
+        """First step sizes from data: 2 * mean|x| / sqrt(highest level) (LSQ, 2.1); min-max with a zero-point."""
         if not self.any_quantized:
             return
         if self.zero_point is not None:

@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
     }

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from instaqnas.config import Command, Config, TrainConfig, differences, to_plain
 from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, make_loader
-from instaqnas.data.transforms import eval_transform, train_transform
+from instaqnas.data.transforms import eval_transform, flip_transform, train_transform
 from instaqnas.data.voc import read_class_names, read_split
 from instaqnas.detector.ssd import POSITIONS, DetectorBits, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
@@ -92,7 +92,8 @@ class Experiment:
     def train_loader(self, batch_size: int, stage: str) -> DetectionLoader:
         """Augmented training images; order and augmentation differ by stage."""
         data = self.config.data
-        transform = train_transform(self.config.detector.image_size, vertical_flip=data.vertical_flip)
+        build = train_transform if data.augmentation == "ssd" else flip_transform
+        transform = build(self.config.detector.image_size, vertical_flip=data.vertical_flip)
         return self._loader(data.roots, data.train_split, transform, batch_size, stage, training=True)
 
     def plain_train_loader(self, batch_size: int, stage: str) -> DetectionLoader:

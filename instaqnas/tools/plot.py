@@ -1,0 +1,76 @@
+"""Draws mAP against cost of one or several runs: `python -m instaqnas.tools.plot REPORT.json... --out plot.png`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from instaqnas.errors import InputError, exit_on_input_error
+from instaqnas.training.report import plot_pareto
+
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What the plot needs of a report.json: `bits`, `map_11pt` (0 to 1) and `gbitops_total` of every row.
+
+    Raises: InputError if the file is not such a report.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return [
+            {"bits": row["bits"], **{key: float(row[key]) for key in ("map_11pt", "gbitops_total")}} for row in rows
+        ]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a report.json of eval.py") from error
+
+
+def joined_rows(reports: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of all reports; those of several runs carry the run's name, but full precision, which is a line."""
+    if len(reports) == 1:
+        return read_rows(reports[0])
+    joined: list[dict[str, Any]] = []
+    for path in reports:
+        for row in read_rows(path):
+            named = row if row["bits"] == "fp32" else {**row, "bits": f"{run_name(path)}: {row['bits']}"}
+            if named not in joined:  # runs that share their pretraining share these rows
+                joined.append(named)
+    return joined
+
+
+def run_name(report: Path) -> str:
+    """`A` for A/eval/report.json and A/eval/uniform_w3a4/report.json; the folder's name for a file elsewhere."""
+    folder = report.resolve().parent
+    above = [parent for parent in (folder, folder.parent) if parent.name == "eval"]
+    return above[0].parent.name if above else folder.name
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the plot that the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m instaqnas.tools.plot",
+        description="Draw mAP against GBitOps from the reports that eval.py wrote.",
+    )
+    parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="runs/NAME/eval/report.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"image to write: {', '.join(FORMATS)}")
+    options = parser.parse_args(arguments)
+
+    with exit_on_input_error():
+        if options.out.suffix.lower() not in FORMATS:
+            raise InputError(f"--out {options.out}: expected a name that ends in {', '.join(FORMATS)}")
+        rows = joined_rows(options.reports)
+        try:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            plot_pareto(options.out, rows)
+        except OSError as error:
+            raise InputError(f"{options.out}: cannot be written: {error.strerror}") from error
+        print(options.out)
+
+
+if __name__ == "__main__":
+    main()

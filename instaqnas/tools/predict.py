@@ -1,0 +1,197 @@
+"""Runs a trained run's policy and detector on any images.
+
+    python -m instaqnas.tools.predict --config configs/shapes.yaml --run runs/shapes IMAGE... [--out FOLDER]
+
+Prints one JSON line per image: `file`; `bits`, the choice of every position, such as w3a4; `gbitops` of the detector
+under these bits and of the policy; `detections`, best first, with `label`, `score` and `box_xyxy` in the image's own
+pixels. An image is taken upright, as its EXIF orientation says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from instaqnas.config import Command, parse_command
+from instaqnas.data.transforms import eval_transform
+from instaqnas.detector.ssd import detector_costs
+from instaqnas.errors import InputError, exit_on_input_error
+from instaqnas.policy.bit_config import greedy_by
+from instaqnas.policy.network import policy_gbitops
+from instaqnas.training.evaluate import detect
+from instaqnas.training.pictures import draw_detections
+from instaqnas.training.report import choice_name
+from instaqnas.training.run_dir import best_checkpoint
+from instaqnas.training.stages import Experiment, _finished, _load_network
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image: its bit choices by name, GBitOps, and its D detections, best first.
+
+    boxes_xyxy [D, 4] in the image's own pixels, scores [D], labels [D] from 1; all on the CPU.
+    """
+
+    bits: list[str]
+    gbitops_detector: float
+    gbitops_policy: float
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def plain(self, class_names: tuple[str, ...]) -> dict[str, Any]:
+        """Plain values; scores to 4 decimals, boxes to 2."""
+        found = zip(self.labels.tolist(), self.scores.tolist(), self.boxes_xyxy.tolist(), strict=True)
+        return {
+            "bits": self.bits,
+            "gbitops": {"detector": self.gbitops_detector, "policy": self.gbitops_policy},
+            "detections": [
+                {
+                    "label": class_names[label - 1],
+                    "score": round(score, 4),
+                    "box_xyxy": [round(value, 2) for value in box],
+                }
+                for label, score, box in found
+            ],
+        }
+
+
+class Predictor:
+    """Policy and detector of a checkpoint.
+
+    Args:
+        experiment: what the checkpoint was trained as.
+        checkpoint: of finetune or search.
+        score_threshold: detections scored lower are dropped.
+
+    Raises: InputError if the checkpoint does not fit.
+    """
+
+    def __init__(self, experiment: Experiment, checkpoint: Path, score_threshold: float) -> None:
+        self.device = experiment.device
+        self.detector, self.policy = experiment.quantized_detector().eval(), experiment.policy().eval()
+        _load_network(experiment, self.detector, "detector", checkpoint)
+        _load_network(experiment, self.policy, "policy", checkpoint)
+        self.settings = replace(experiment.config.eval, score_threshold=score_threshold)
+        self.costs = detector_costs(self.detector)
+        self.policy_cost = policy_gbitops(self.policy, self.detector.image_size)
+        self.resize = eval_transform(self.detector.image_size)
+
+    def predict(self, image: Tensor) -> Prediction:
+        """What is found on `image`, uint8 RGB [3, H, W] of any size."""
+        resized = self.resize({"image": tv_tensors.Image(image)})["image"]
+        images = resized[None].to(self.device)
+        choices = greedy_by(self.policy)(images)
+        found = detect(self.detector, images, choices, self.settings)
+        height, width = image.shape[1:]
+        scale = torch.tensor([width, height, width, height]) / self.detector.image_size
+        return Prediction(
+            [choice_name(self.detector.choices[choice]) for choice in choices[0].tolist()],
+            self.costs.gbitops(choices).item(),
+            self.policy_cost,
+            found.boxes_xyxy[0].cpu() * scale,
+            found.scores[0].cpu(),
+            found.labels[0].cpu(),
+        )
+
+
+def read_upright(path: Path) -> Tensor:
+    """The pixels of an image file, uint8 RGB [3, H, W], turned as its EXIF orientation says.
+
+    Raises: InputError if it cannot be read or decoded.
+    """
+    try:
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except cv2.error as error:
+        raise InputError(f"{path}: not a readable image") from error
+    if pixels is None:
+        raise InputError(f"{path}: not a readable image")
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def run_predict(command: Command, images: Sequence[Path], score_threshold: float, out: Path | None) -> None:
+    """Prints one line per image; also writes NAME_detections.png to `out` if it is given.
+
+    Raises: InputError for a run that is not trained so far, an image that cannot be read, or one that cannot be
+    written; images before it are done.
+    """
+    if not 0 <= score_threshold <= 1:
+        raise InputError(f"--score: expected a number from 0 to 1, got {score_threshold}")
+    pictures = [None] * len(images) if out is None else _picture_paths(images, out)
+    experiment = Experiment(command.config)
+    predictor = Predictor(experiment, command.init or _latest(command), score_threshold)
+    for path, picture in zip(images, pictures, strict=True):
+        image = read_upright(path)
+        found = predictor.predict(image)
+        print(json.dumps({"file": str(path), **found.plain(experiment.class_names)}), flush=True)
+        if picture is not None:
+            drawn = draw_detections(image, found.boxes_xyxy, found.scores, found.labels, experiment.class_names)
+            _write_png(picture, drawn)
+
+
+def _latest(command: Command) -> Path:
+    """The checkpoint of the finetuning, of the search if that has not begun."""
+    config = command.config
+    if best_checkpoint(command.run, "finetune").exists():
+        return _finished(command.run, "finetune", config.finetune, "finetune.py")
+    return _finished(command.run, "search", config.search, "search.py")
+
+
+def _picture_paths(images: Sequence[Path], out: Path) -> list[Path]:
+    source_of: dict[Path, Path] = {}
+    for path in images:
+        picture = out / f"{path.stem}_detections.png"  # never the name of the image itself, `out` may be its folder
+        if picture in source_of:
+            raise InputError(f"{picture}: would be written for {source_of[picture]} and again for {path}")
+        source_of[picture] = path
+    return list(source_of)
+
+
+def _write_png(path: Path, image: Tensor) -> None:
+    encoded = cv2.imencode(".png", cv2.cvtColor(image.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2BGR))[1]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded.tobytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Predicts what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m instaqnas.tools.predict",
+        description="Run a trained run's policy and detector on any images; prints one JSON line per image.",
+        epilog="Settings can be overridden with an equals sign, such as --device=cpu.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("--run", metavar="FOLDER", help="the run (default: runs/<name of FILE>)")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="take this checkpoint instead of the run's latest")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write the images with their detections here")
+    parser.add_argument("--score", type=float, default=0.3, help="drop detections scored lower (default: 0.3)")
+    options, overrides = parser.parse_known_args(arguments)
+
+    named = [(f"--{name}", getattr(options, name)) for name in ("config", "run", "init")]
+    with exit_on_input_error():
+        for word in overrides:
+            if "=" not in word:  # what follows it has been taken for an image
+                raise InputError(f"unknown option {word}; settings are overridden with an equals sign: {word}=VALUE")
+        words = [word for option, value in named if value is not None for word in (option, value)]
+        run_predict(parse_command("eval", [*words, *overrides]), options.images, options.score, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Counts MACs, parameters and GBitOps of a config's networks: `python -m instaqnas.tools.profile --config FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instaqnas.config import Config, parse_command, to_plain
+from instaqnas.data.voc import VOC_CLASSES, read_class_names
+from instaqnas.detector.ssd import POSITIONS, DetectorBits, detector_layers
+from instaqnas.errors import exit_on_input_error
+from instaqnas.policy.network import policy_layers
+from instaqnas.quant.bitops import CostTable, LayerCost
+from instaqnas.training.report import choice_name
+from instaqnas.training.stages import Experiment
+
+GROUPS = {
+    "stem": ".stem",
+    "depthwise": ".depthwise",
+    "pointwise": ".pointwise",
+    "extras": "extras.",
+    "heads": "_heads.",
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one image costs.
+
+    `layers` are the convolutions of the detector, with the config's bit choices and the parameters of full precision;
+    `uniform_gbitops` is the cost of the detector with all positions at one choice, by the name of the choice.
+    """
+
+    layers: list[LayerCost]
+    uniform_gbitops: dict[str, float]
+    policy_layers: list[LayerCost]
+
+    def plain(self) -> dict[str, Any]:
+        """Totals as plain values: MACs, parameters and GBitOps of the detector, and apart from them of the policy."""
+        macs = sum(layer.macs for layer in self.layers)
+        return {
+            "macs": macs,
+            "params": sum(layer.params for layer in self.layers),
+            "gbitops": {
+                "all_8_8": macs * 8 * 8 / 1e9,
+                "all_4_4": macs * 4 * 4 / 1e9,
+                "uniform": self.uniform_gbitops,
+            },
+            "policy": {
+                "macs": sum(layer.macs for layer in self.policy_layers),
+                "gbitops": sum(layer.bitops() for layer in self.policy_layers) / 1e9,
+            },
+        }
+
+
+class _WithoutData(Experiment):
+    """Builds the networks of a config on the CPU, though its data and its device may not be there."""
+
+    def __init__(self, config: Config, class_names: tuple[str, ...]) -> None:
+        self.config, self.plain, self.class_names = config, to_plain(config), class_names
+        self.device = torch.device("cpu")
+
+
+def profile(config: Config, class_names: tuple[str, ...]) -> Profile:
+    """The costs of the detector and the policy that `config` describes, for these classes (without background)."""
+    experiment = _WithoutData(config, class_names)
+    full = detector_layers(experiment.detector(DetectorBits.full_precision()))
+    detector = experiment.quantized_detector()
+    quantized = detector_layers(detector)
+    layers = [replace(layer, choices=same.choices) for layer, same in zip(full, quantized, strict=True)]
+    costs = CostTable(layers, POSITIONS)
+    uniform = {
+        choice_name(choice): costs.gbitops(torch.full((1, len(POSITIONS)), k)).item()
+        for k, choice in enumerate(detector.choices)
+    }
+    return Profile(layers, uniform, policy_layers(experiment.policy(), detector.image_size))
+
+
+def class_names_of(roots: Sequence[str]) -> tuple[str, ...]:
+    """The class names of the roots that are there, the VOC classes if none is; a note on standard error tells.
+
+    Raises: InputError as `read_class_names`.
+    """
+    present = [root for root in roots if Path(root).exists()]
+    names = read_class_names(present) if present else VOC_CLASSES
+    missing = [root for root in roots if root not in present]
+    if missing:
+        source = f"those of {', '.join(present)}" if present else f"the {len(VOC_CLASSES)} of VOC"
+        sys.stderr.write(f"note: no such folder: {', '.join(missing)}; the classes are {source}\n")
+    return names
+
+
+def format_table(result: Profile) -> str:
+    """A table of all layers in their groups, then the totals."""
+    lines = [_line("layer", "MACs", "params", "bits", "GBitOps")]
+    for group, mark in GROUPS.items():
+        members = [layer for layer in result.layers if mark in layer.name]
+        totals = (f"{sum(layer.macs for layer in members):,}", f"{sum(layer.params for layer in members):,}")
+        lines += ["", _line(group, *totals), *(_layer_line(layer) for layer in members)]
+    plain = result.plain()
+    lines += ["", _line("detector", f"{plain['macs']:,}", f"{plain['params']:,}")]
+    uniform = [(f"positions {name}", gbitops) for name, gbitops in plain["gbitops"]["uniform"].items()]
+    for name, gbitops in [
+        *uniform,
+        ("all w8a8", plain["gbitops"]["all_8_8"]),
+        ("all w4a4", plain["gbitops"]["all_4_4"]),
+    ]:
+        lines.append(_line("", bits=name, gbitops=f"{gbitops:.4f}"))
+    bits = choice_name(result.policy_layers[0].choices[0])
+    gbitops = f"{plain['policy']['gbitops']:.4f}"
+    lines.append(_line("policy", f"{plain['policy']['macs']:,}", bits=bits, gbitops=gbitops))
+    return "\n".join(lines)
+
+
+def _layer_line(layer: LayerCost) -> str:
+    bits = " ".join(map(choice_name, layer.choices))
+    gbitops = " ".join(f"{layer.bitops(k) / 1e9:.4f}" for k in range(len(layer.choices)))
+    return _line(f"  {layer.name}", f"{layer.macs:,}", f"{layer.params:,}", bits, gbitops)
+
+
+def _line(name: str, macs: str = "", params: str = "", bits: str = "", gbitops: str = "") -> str:
+    return f"{name:<32}{macs:>15}{params:>12}  {bits:<20}{gbitops}".rstrip()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the costs of the config that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m instaqnas.tools.profile",
+        description="Count MACs, parameters and GBitOps of a config's networks for one image. The data need not be "
+        "there: without it, the detector has the 20 VOC classes.",
+        epilog="Settings can be overridden, such as --detector.width 0.5.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("--json", action="store_true", help="print the totals as one JSON object")
+    options, overrides = parser.parse_known_args(arguments)
+
+    with exit_on_input_error():
+        config = parse_command("eval", ["--config", options.config, *overrides]).config
+        result = profile(config, class_names_of(config.data.roots))
+        print(json.dumps(result.plain()) if options.json else format_table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the requirements; says and does nothing where that is done.
+#
+#   scripts/setup.sh          what training and evaluation need
+#   scripts/setup.sh --dev    and what the tests need
+#
+# PYTHON=python3.12 takes another interpreter. pip reads its options from the environment; torch without CUDA, a far
+# smaller download:
+#
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu scripts/setup.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+lists=(requirements.txt)
+case "$*" in
+  "") ;;
+  --dev) lists+=(tests/requirements.txt) ;;
+  *)
+    echo "error: unknown option $*; usage: scripts/setup.sh [--dev]" >&2
+    exit 2
+    ;;
+esac
+
+# The stamp of an installed list: its checksum, written last.
+stamp_of() { echo ".venv/installed-${1//\//-}"; }
+is_installed() { [[ -x .venv/bin/python && "$(cksum <"$1")" == "$(cat "$(stamp_of "$1")" 2>/dev/null)" ]]; }
+
+make_venv() {
+  local python=${PYTHON:-python3}
+  if ! command -v "$python" >/dev/null; then
+    echo "error: $python: no such Python; name one of 3.10 or newer, as in PYTHON=python3.12 scripts/setup.sh" >&2
+    exit 2
+  fi
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "error: $("$python" --version 2>&1) is too old; name one of 3.10 or newer, as in PYTHON=python3.12 scripts/setup.sh" >&2
+    exit 2
+  fi
+  echo "making .venv with $("$python" --version)"
+  "$python" -m venv --clear .venv
+}
+
+for list in "${lists[@]}"; do
+  if ! is_installed "$list"; then
+    # Without pip it is what an interrupted or failed `venv` leaves.
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
+    echo "installing $list into .venv"
+    .venv/bin/python -m pip install --disable-pip-version-check -r "$list"
+    cksum <"$list" >"$(stamp_of "$list")"
+  fi
+done
