@@ -6,7 +6,6 @@ state of its own and a resumed run sees the pixels of an uninterrupted one.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -20,6 +19,7 @@ from torchvision import tv_tensors
 from instaqnas.data.transforms import Sample, SampleTransform
 from instaqnas.data.voc import Annotation, read_image
 from instaqnas.errors import InputError
+from instaqnas.seeds import derived_seed
 
 SampleKey = tuple[int, int]  # (epoch, index)
 
@@ -85,7 +85,7 @@ class DetectionDataset(Dataset):
         sample = _read_sample(annotation)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also reset CUDA's generator, which is not restored here.
-            torch.default_generator.manual_seed(_derive_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
             sample = self.transform(sample)
         return {**sample, "image_id": annotation.image_id, "index": index}
 
@@ -125,7 +125,7 @@ class EpochBatchSampler(Sampler):
     def _order(self) -> list[int]:
         if not self.shuffle:
             return list(range(self.n))
-        generator = torch.Generator().manual_seed(_derive_seed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         return torch.randperm(self.n, generator=generator).tolist()
 
 
@@ -203,11 +203,6 @@ def _read_sample(annotation: Annotation) -> Sample:
         "labels": torch.tensor(annotation.labels),
         "difficult": torch.tensor(annotation.difficult),
     }
-
-
-def _derive_seed(*parts: int) -> int:
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # 63 bits: torch takes signed numbers
 
 
 def _use_one_thread(_worker: int) -> None:

@@ -134,7 +134,7 @@ class SwitchableConv2d(nn.Module):
         if choice is None:
             y = F.conv2d(x, weight[0], stride=self.stride, padding=self.padding, groups=self.groups)
         else:
-            y = per_image_conv2d(x, weight[choice], self.stride, self.padding, self.groups)
+            y = per_image_conv2d(x, weight.index_select(0, choice), self.stride, self.padding, self.groups)
             weight_step = None if weight_step is None else weight_step[choice]
         factor = _product(input_step, weight_step)
         if self.norm is not None:

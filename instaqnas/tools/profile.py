@@ -106,16 +106,13 @@ def format_table(result: Profile) -> str:
         lines += ["", _line(group, *totals), *(_layer_line(layer) for layer in members)]
     plain = result.plain()
     lines += ["", _line("detector", f"{plain['macs']:,}", f"{plain['params']:,}")]
-    uniform = [(f"positions {name}", gbitops) for name, gbitops in plain["gbitops"]["uniform"].items()]
-    for name, gbitops in [
-        *uniform,
-        ("all w8a8", plain["gbitops"]["all_8_8"]),
-        ("all w4a4", plain["gbitops"]["all_4_4"]),
-    ]:
-        lines.append(_line("", bits=name, gbitops=f"{gbitops:.4f}"))
+    gbitops = plain["gbitops"]
+    figures = {f"all pointwise {name}": value for name, value in gbitops["uniform"].items()}
+    figures |= {"all w8a8": gbitops["all_8_8"], "all w4a4": gbitops["all_4_4"]}
+    lines += [_line("", bits=name, gbitops=f"{value:.4f}") for name, value in figures.items()]
     bits = choice_name(result.policy_layers[0].choices[0])
-    gbitops = f"{plain['policy']['gbitops']:.4f}"
-    lines.append(_line("policy", f"{plain['policy']['macs']:,}", bits=bits, gbitops=gbitops))
+    policy = plain["policy"]
+    lines.append(_line("policy", f"{policy['macs']:,}", bits=bits, gbitops=f"{policy['gbitops']:.4f}"))
     return "\n".join(lines)
 
 
@@ -126,7 +123,7 @@ def _layer_line(layer: LayerCost) -> str:
 
 
 def _line(name: str, macs: str = "", params: str = "", bits: str = "", gbitops: str = "") -> str:
-    return f"{name:<32}{macs:>15}{params:>12}  {bits:<20}{gbitops}".rstrip()
+    return f"{name:<32}{macs:>15}{params:>12}  {bits:<24}{gbitops}".rstrip()
 
 
 def main(arguments: list[str] | None = None) -> None:

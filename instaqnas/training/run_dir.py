@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,16 @@ class RunDir:
         run: folder of the run.
         stage: name of the stage.
         config: resolved config as plain values.
+        classes: class names, which checkpoints carry.
+        restart: set an earlier beginning of this stage aside, as STAGE.old-1, and begin anew.
 
     Raises: InputError if the folder holds the same stage of another config.
     """
 
-    def __init__(self, run: Path, stage: str, config: dict[str, Any], *, restart: bool = False) -> None:
-        self.stage, self.path, self.config = stage, run / stage, config
+    def __init__(
+        self, run: Path, stage: str, config: dict[str, Any], classes: Sequence[str], *, restart: bool = False
+    ) -> None:
+        self.stage, self.path, self.config, self.classes = stage, run / stage, config, list(classes)
         if restart:
             self._set_aside()
         self._check_same_config()
@@ -79,7 +84,7 @@ class RunDir:
 
     def save(self, state: dict[str, Any], *, best: bool) -> None:
         """Writes the last checkpoint, and the best one if it is."""
-        state = {"stage": self.stage, "config": self.config, **state}
+        state = {"stage": self.stage, "config": self.config, "classes": self.classes, **state}
         if best:
             save_checkpoint(self.path / "best.pt", state)
         save_checkpoint(self.last, state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from instaqnas.config import Command, Config, TrainConfig, differences, to_plain
-from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, make_loader
-from instaqnas.data.transforms import eval_transform, flip_transform, train_transform
+from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, collate, make_loader
+from instaqnas.data.transforms import SampleTransform, eval_transform, flip_transform, train_transform
 from instaqnas.data.voc import read_class_names, read_split
 from instaqnas.detector.ssd import POSITIONS, DetectorBits, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
@@ -41,6 +41,9 @@ from instaqnas.training.run_dir import RunDir, best_checkpoint
 log = logging.getLogger(__name__)
 PICTURES = 4
 PICTURE_SCORE = 0.3
+FULL_PRECISION_STAGES = ("pretrain_fp32",)
+POLICY_STAGES = ("search", "finetune")
+QUANTIZED_STAGES = ("pretrain_quant", *POLICY_STAGES)
 LOG_EVERY = 10  # steps between TensorBoard scalars of the training loss
 
 
@@ -99,13 +102,11 @@ class Experiment:
     def plain_train_loader(self, batch_size: int, stage: str) -> DetectionLoader:
         """Training images as evaluation sees images, in random order: what the policy learns from."""
         data = self.config.data
-        transform = eval_transform(self.config.detector.image_size)
-        return self._loader(data.roots, data.train_split, transform, batch_size, stage, training=True)
+        return self._loader(data.roots, data.train_split, self._eval_transform, batch_size, stage, training=True)
 
     def eval_loader(self, split: str, roots: list[str]) -> DetectionLoader:
         """All images of a split in order."""
-        transform = eval_transform(self.config.detector.image_size)
-        return self._loader(roots, split, transform, self.config.eval.batch_size, "eval", training=False)
+        return self._loader(roots, split, self._eval_transform, self.config.eval.batch_size, "eval", training=False)
 
     def val_loader(self) -> DetectionLoader | None:
         """The val split, None where the config has none."""
@@ -118,9 +119,18 @@ class Experiment:
         return self.eval_loader(data.test_split, data.test_roots or data.roots)
 
     def calibration_images(self) -> Tensor:
-        """Training images [n, 3, S, S] for the first step sizes."""
-        loader = self.plain_train_loader(self.config.bits.calibration_images, "calibration")
-        return next(iter(loader)).images.to(self.device)
+        """Random training images [n, 3, S, S] for the first step sizes."""
+        dataset = self._dataset(
+            self.config.data.roots, self.config.data.train_split, self._eval_transform, "calibration"
+        )
+        order = torch.randperm(len(dataset), generator=generator(self.config.seed, "calibration"))
+        return _batch(dataset, order[: self.config.bits.calibration_images].tolist()).images.to(self.device)
+
+    def picture_batch(self) -> Batch:
+        """A few images to look at: the first of the val split, or of the train split where there is none."""
+        data = self.config.data
+        dataset = self._dataset(data.roots, data.val_split or data.train_split, self._eval_transform, "pictures")
+        return _batch(dataset, range(min(PICTURES, len(dataset)))).to(self.device)
 
     def choose_random(self, *purpose: int | str) -> ChooseBits:
         """Uniformly random configurations from a stream of their own."""
@@ -148,14 +158,19 @@ class Experiment:
             device=self.device,
         )
 
+    @property
+    def _eval_transform(self) -> SampleTransform:
+        return eval_transform(self.config.detector.image_size)
+
+    def _dataset(self, roots: list[str], split: str, transform: SampleTransform, stage: str) -> DetectionDataset:
+        annotations = read_split(roots, split, self.class_names)
+        return DetectionDataset(annotations, transform, seed=derived_seed(self.config.seed, stage, "pixels"))
+
     def _loader(
-        self, roots: list[str], split: str, transform: Callable, batch_size: int, stage: str, *, training: bool
+        self, roots: list[str], split: str, transform: SampleTransform, batch_size: int, stage: str, *, training: bool
     ) -> DetectionLoader:
-        dataset = DetectionDataset(
-            read_split(roots, split, self.class_names), transform, seed=derived_seed(self.config.seed, stage, "pixels")
-        )
         return make_loader(
-            dataset,
+            self._dataset(roots, split, transform, stage),
             batch_size,
             shuffle=training,
             seed=derived_seed(self.config.seed, stage, "order"),
@@ -214,7 +229,7 @@ class DetectorTraining:
     def fit(self, train_epoch: Callable[[int], EpochResult], choose_bits: ChooseBits, policy_cost: float = 0.0) -> None:
         """Trains to the end; validates and draws under `choose_bits`."""
         val_loader = self.experiment.val_loader()
-        shown = val_loader or self.experiment.plain_train_loader(PICTURES, "pictures")
+        shown = self.experiment.picture_batch()
 
         def validate() -> EvalReport:
             return self.experiment.evaluate(self.detector, val_loader, choose_bits, policy_cost)
@@ -246,7 +261,7 @@ def run_pretrain(command: Command) -> None:
 
 
 def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
-    run_dir = RunDir(command.run, "pretrain_fp32", experiment.plain, restart=command.restart)
+    run_dir = RunDir(command.run, "pretrain_fp32", experiment.plain, experiment.class_names, restart=command.restart)
     detector = experiment.detector(DetectorBits.full_precision())
     training = DetectorTraining.begin(experiment, run_dir, detector, command.config.pretrain_fp32)
     choose = experiment.choose_fixed()
@@ -259,11 +274,11 @@ def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
 
 
 def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> None:
-    run_dir = RunDir(command.run, "pretrain_quant", experiment.plain, restart=command.restart)
+    run_dir = RunDir(command.run, "pretrain_quant", experiment.plain, experiment.class_names, restart=command.restart)
     detector = experiment.quantized_detector()
     if not run_dir.last.exists():
         full = experiment.detector(DetectorBits.full_precision())
-        _load_network(experiment, full, "detector", source, sections=("detector",))
+        _load_network(experiment, full, "detector", source, stages=FULL_PRECISION_STAGES)
         copy_weights(full, detector)
         images = experiment.calibration_images()
         choices = experiment.choose_random("calibration")(images)
@@ -281,11 +296,11 @@ def run_search(command: Command) -> None:
     """Every epoch trains the policy, then the detector under configurations sampled from it."""
     experiment, config = _start(command), command.config
     settings = config.search
-    run_dir = RunDir(command.run, "search", experiment.plain, restart=command.restart)
+    run_dir = RunDir(command.run, "search", experiment.plain, experiment.class_names, restart=command.restart)
     detector, policy = experiment.quantized_detector(), experiment.policy()
     if not run_dir.last.exists():
         source = command.init or _finished(command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py")
-        _load_network(experiment, detector, "detector", source)
+        _load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
         images = experiment.calibration_images()
         calibrate(policy, lambda: policy(images))
     training = DetectorTraining.begin(experiment, run_dir, detector, settings)
@@ -337,12 +352,12 @@ def run_search(command: Command) -> None:
 def run_finetune(command: Command) -> None:
     """The detector under the frozen, greedy policy."""
     experiment, config = _start(command), command.config
-    run_dir = RunDir(command.run, "finetune", experiment.plain, restart=command.restart)
+    run_dir = RunDir(command.run, "finetune", experiment.plain, experiment.class_names, restart=command.restart)
     detector, policy = experiment.quantized_detector(), experiment.policy()
     if not run_dir.last.exists():
         source = command.init or _finished(command.run, "search", config.search, "search.py")
-        _load_network(experiment, detector, "detector", source)
-        _load_network(experiment, policy, "policy", source)
+        _load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
+        _load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
     policy.eval().requires_grad_(False)  # noqa: FBT003
     training = DetectorTraining.begin(experiment, run_dir, detector, config.finetune)
     training.state.networks["policy"] = policy
@@ -360,6 +375,8 @@ def run_eval(command: Command) -> None:
     experiment = _start(command)
     names = [command.bits]
     if command.bits == "all":
+        if command.init is not None:
+            raise InputError("--init names one checkpoint, but --bits all compares several; name one --bits")
         uniform = [f"uniform:{choice_name(choice)}" for choice in command.config.bits.choices]
         names = ["fp32", *uniform, "random", "policy"]
     loader = experiment.test_loader()
@@ -379,14 +396,14 @@ def _evaluate_row(experiment: Experiment, command: Command, name: str, loader: D
     if name == "fp32":
         source = command.init or _finished(command.run, "pretrain_fp32", config.pretrain_fp32, "pretrain.py")
         detector = experiment.detector(DetectorBits.full_precision())
-        _load_network(experiment, detector, "detector", source, sections=("detector",))
+        _load_network(experiment, detector, "detector", source, stages=FULL_PRECISION_STAGES)
         report = experiment.evaluate(detector, loader, experiment.choose_fixed())
         return ReportRow(name, source, detector.choices, report)
     detector = experiment.quantized_detector()
     if name == "policy":
         source = command.init or _finished(command.run, "finetune", config.finetune, "finetune.py")
         policy = experiment.policy()
-        _load_network(experiment, policy, "policy", source)
+        _load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
         policy.eval()
         choose, policy_cost = greedy_by(policy), policy_gbitops(policy, detector.image_size)
     else:
@@ -395,7 +412,7 @@ def _evaluate_row(experiment: Experiment, command: Command, name: str, loader: D
         if name != "random":
             choice = [choice_name(c) for c in config.bits.choices].index(name.removeprefix("uniform:"))
             choose = experiment.choose_fixed(choice)
-    _load_network(experiment, detector, "detector", source)
+    _load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
     return ReportRow(name, source, detector.choices, experiment.evaluate(detector, loader, choose, policy_cost))
 
 
@@ -424,23 +441,22 @@ def _load_network(
     network: nn.Module,
     name: str,
     path: Path,
-    sections: Iterable[str] = ("detector", "bits", "policy"),
+    *,
+    stages: Sequence[str],
 ) -> None:
     """Loads one network of a checkpoint.
 
-    Raises: InputError if the checkpoint has no such network, or was trained with other settings in `sections`.
+    Raises: InputError if the checkpoint is not of one of `stages`, or was trained with other settings or classes.
     """
     state = load_checkpoint(path)
-    for section in sections:
-        changed = differences({section: state["config"][section]}, {section: experiment.plain[section]})
-        if changed:
-            raise InputError(f"{path}: trained with other settings: {'; '.join(changed)}")
-    if name not in state["networks"]:
-        raise InputError(f"{path}: holds no {name} (it is of stage {state['stage']})")
-    try:
-        network.load_state_dict(state["networks"][name])
-    except RuntimeError as error:
-        raise InputError(f"{path}: does not fit this {name}: {' '.join(str(error).split())}") from None
+    if state["stage"] not in stages:
+        raise InputError(f"{path}: a checkpoint of stage {state['stage']}; needed here: {' or '.join(stages)}")
+    sections = ("detector",) if state["stage"] == "pretrain_fp32" else ("detector", "bits", "policy")
+    old, new = ({section: config[section] for section in sections} for config in (state["config"], experiment.plain))
+    changed = differences({**old, "classes": state["classes"]}, {**new, "classes": list(experiment.class_names)})
+    if changed:
+        raise InputError(f"{path}: trained with other settings: {'; '.join(changed)}")
+    network.load_state_dict(state["networks"][name])
 
 
 def _judge(
@@ -493,18 +509,17 @@ def _add_pictures(
     experiment: Experiment,
     run_dir: RunDir,
     detector: SwitchableSSD,
-    loader: DetectionLoader,
+    batch: Batch,
     choose_bits: ChooseBits,
     step: int,
 ) -> None:
-    """The first images of a split with true and predicted boxes, to TensorBoard."""
-    batch = next(iter(loader)).to(experiment.device)
+    """A few images with true and predicted boxes, to TensorBoard."""
     was_training = detector.training
     detector.eval()
     found = detect(detector, batch.images, choose_bits(batch.images), experiment.config.eval)
     detector.train(was_training)
     writer = run_dir.open_tensorboard(step)
-    for index in range(min(PICTURES, len(batch.images))):
+    for index in range(len(batch.images)):
         shown = found.scores[index] >= PICTURE_SCORE
         objects = batch.labels[index] > 0
         picture = draw_detections(
@@ -515,6 +530,10 @@ def _add_pictures(
             experiment.class_names,
         )
         writer.add_image(f"detections/{index}", picture, step)
+
+
+def _batch(dataset: DetectionDataset, indices: Iterable[int]) -> Batch:
+    return collate([dataset[0, index] for index in indices])
 
 
 def _prefixed(prefix: str, scalars: dict[str, float]) -> dict[str, float]:

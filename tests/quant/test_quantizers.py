@@ -1,0 +1,413 @@
+"""Quantizers: what the grids hold, and that every gradient is the one of LSQ / LSQ+."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from instaqnas.quant.quantizers import ActivationQuantizer, StepSizes, WeightQuantizer, level_range, to_grid
+
+BITS = tuple(range(2, 9))
+HAND_RANGES = {  # bits: (signed), (unsigned)
+    2: ((-2, 1), (0, 3)),
+    3: ((-4, 3), (0, 7)),
+    4: ((-8, 7), (0, 15)),
+    5: ((-16, 15), (0, 31)),
+    6: ((-32, 31), (0, 63)),
+    7: ((-64, 63), (0, 127)),
+    8: ((-128, 127), (0, 255)),
+}
+
+
+def hand_range(bits: int, signed: bool) -> tuple[int, int]:
+    return HAND_RANGES[bits][0 if signed else 1]
+
+
+def row(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A table column of one entry, as `to_grid` takes it for x [n, m]."""
+    return torch.tensor([[float(value)]], dtype=dtype)
+
+
+def grid_of(x: Tensor, step: float, bits: int, signed: bool, zero_point: float | None = None) -> Tensor:
+    lowest, highest = hand_range(bits, signed)
+    zero = None if zero_point is None else row(zero_point, x.dtype)
+    return to_grid(x[None], row(step, x.dtype), row(lowest, x.dtype), row(highest, x.dtype), zero)[0]
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    return x + (x.round() - x).detach()
+
+
+def naive_fake_quantize(x: Tensor, step: Tensor, lowest: Tensor, highest: Tensor, zero: Tensor | float) -> Tensor:
+    """LSQ+ equation 1 written out, differentiated by autograd."""
+    zero = round_straight_through(zero) if isinstance(zero, Tensor) else zero
+    clipped = torch.minimum(torch.maximum(x / step + zero, lowest), highest)
+    return (round_straight_through(clipped) - zero) * step
+
+
+def with_steps(quantizer: StepSizes, steps: list[float], zero_points: list[float] | None = None) -> StepSizes:
+    with torch.no_grad():
+        quantizer.log_step.copy_(torch.tensor(steps).log())
+        if zero_points is not None:
+            quantizer.zero_point.copy_(torch.tensor(zero_points))
+    return quantizer
+
+
+# --- What the grids hold ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_level_range_is_that_of_the_hand_table(bits: int, signed: bool) -> None:
+    assert level_range(bits, signed=signed) == hand_range(bits, signed)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("step", [0.037, 1.0, 2.9])
+def test_a_representable_grid_comes_back_unchanged(bits: int, signed: bool, step: float) -> None:
+    lowest, highest = hand_range(bits, signed)
+    levels = torch.arange(lowest, highest + 1).float()
+    assert torch.equal(grid_of(levels * step, step, bits, signed), levels)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("zero_point", [-3.0, 0.0, 2.0])
+def test_with_a_zero_point_the_grid_is_shifted_and_zero_stays_zero(bits: int, zero_point: float) -> None:
+    lowest, highest = hand_range(bits, True)
+    levels = torch.arange(lowest, highest + 1).float() - zero_point
+    assert torch.equal(grid_of(levels * 0.21, 0.21, bits, True, zero_point), levels)
+    if lowest <= zero_point <= highest:
+        assert grid_of(torch.zeros(1), 0.21, bits, True, zero_point).item() == 0
+
+
+def test_a_zero_point_between_integers_is_rounded() -> None:
+    x = torch.linspace(-3, 3, 41)
+    assert torch.equal(grid_of(x, 0.3, 3, True, 1.4), grid_of(x, 0.3, 3, True, 1.0))
+
+
+def test_the_weight_quantizer_returns_every_representable_grid_of_its_table_unchanged() -> None:
+    steps = [0.01 * 2**k * 1.1 for k in range(len(BITS))]
+    quantizer = with_steps(WeightQuantizer(BITS), steps)
+    for k, bits in enumerate(BITS):
+        lowest, highest = hand_range(bits, True)
+        levels = torch.arange(lowest, highest + 1).float().view(2, -1, 1, 1)
+        grids, step = quantizer(levels * steps[k])
+        assert grids.shape == (len(BITS), *levels.shape)
+        assert torch.equal(grids[k], levels)
+        torch.testing.assert_close(step, torch.tensor(steps))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_activation_quantizer_gives_every_image_the_grid_of_its_choice(signed: bool) -> None:
+    steps, zeros = [0.5 / (k + 1) for k in range(len(BITS))], [float(k % 3 - 1) for k in range(len(BITS))]
+    quantizer = with_steps(ActivationQuantizer(BITS, signed=signed), steps, zeros if signed else None)
+    choice = torch.tensor([6, 0, 3, 3, 1, 2, 4, 5, 0])
+    levels = torch.empty(len(choice), 1, 16, 16)
+    for image, k in enumerate(choice.tolist()):
+        lowest, highest = hand_range(BITS[k], signed)
+        count = highest - lowest + 1
+        levels[image] = (lowest + torch.arange(256) % count - (zeros[k] if signed else 0.0)).view(1, 16, 16)
+    own_steps = torch.tensor(steps)[choice]
+    grids, step = quantizer(levels * own_steps.view(-1, 1, 1, 1), choice)
+    assert torch.equal(grids, levels)
+    torch.testing.assert_close(step, own_steps)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_levels_are_integers_in_range_at_most_half_a_step_off_and_rise_with_x(bits: int, signed: bool) -> None:
+    lowest, highest = hand_range(bits, signed)
+    step = 0.083
+    x = (torch.rand(4000, generator=torch.Generator().manual_seed(bits)) * 3 - 1.5) * (highest + 1) * step
+    x = x.sort().values
+    levels = grid_of(x, step, bits, signed)
+    assert torch.equal(levels, levels.round())
+    assert levels.min() == lowest
+    assert levels.max() == highest
+    assert (levels.diff() >= 0).all()
+    inside = (x > lowest * step) & (x < highest * step)
+    assert ((levels * step - x).abs()[inside] <= step / 2 * 1.0001).all()
+    assert (levels[x <= lowest * step] == lowest).all()
+    assert (levels[x >= highest * step] == highest).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("zero_point", [None, 1.0])
+def test_quantizing_twice_changes_nothing_more(bits: int, zero_point: float | None) -> None:
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(7))
+    for step in (0.0123, 0.31, 1.7):
+        once = grid_of(x, step, bits, True, zero_point)
+        assert torch.equal(grid_of(once * step, step, bits, True, zero_point), once)
+
+
+def test_levels_equal_those_of_the_torch_operators() -> None:
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(3)) * 2
+    for bits in BITS:
+        lowest, highest = hand_range(bits, True)
+        torch_values = torch.fake_quantize_per_tensor_affine(x, 0.25, 1, lowest, highest)
+        assert torch.equal(grid_of(x, 0.25, bits, True, 1.0) * 0.25, torch_values)
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("with_zero_point", [False, True])
+def test_gradients_equal_those_of_a_naive_composition(shared: bool, with_zero_point: bool) -> None:
+    g = torch.Generator().manual_seed(11)
+    n, rows = 5, 1 if shared else 5
+    column = {"generator": g, "dtype": torch.float64}
+    x = torch.randn(n, 3, 4, 6, **column)
+    bits = [3] if shared else [2, 3, 4, 6, 8]
+    ranges = torch.tensor([hand_range(b, True) for b in bits], dtype=torch.float64)
+    lowest, highest = ranges[:, 0].view(-1, 1, 1, 1), ranges[:, 1].view(-1, 1, 1, 1)
+    step = (torch.rand(rows, 1, 1, 1, **column) + 0.5) * 1.2 / highest
+    zero = torch.randint(-1, 2, (rows, 1, 1, 1), generator=g).double() + 0.2 if with_zero_point else None
+    upstream = torch.randn(x.shape, **column)
+
+    def gradients(fake_quantize) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, step, zero) if t is not None]
+        fake_quantize(*leaves).backward(upstream)
+        return [leaf.grad for leaf in leaves]
+
+    def ours(x: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
+        return to_grid(x, step, lowest, highest, zero) * step
+
+    def naive(x: Tensor, step: Tensor, zero: Tensor | float = 0.0) -> Tensor:
+        return naive_fake_quantize(x, step, lowest, highest, zero)
+
+    outside = (x / step < lowest) | (x / step > highest)
+    assert 0.05 < outside.double().mean() < 0.8  # both regions are exercised
+    for got, expected in zip(gradients(ours), gradients(naive), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gradient_of_x_is_the_slope_over_whole_steps_inside_and_zero_outside() -> None:
+    step, x = 0.3, torch.tensor([-5.0, -1.13, -0.4, 0.2, 0.55, 0.8, 4.0], dtype=torch.float64, requires_grad=True)
+    fake = grid_of(x, step, 4, True) * step
+    slope = (grid_of(x + step, step, 4, True) - grid_of(x - step, step, 4, True)) * step / (2 * step)
+    (gradient,) = torch.autograd.grad(fake.sum(), x)
+    torch.testing.assert_close(gradient, slope.detach())
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 1, 1, 1, 1, 1, 0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("zero_point", [0.0, 2.0])
+def test_gradient_of_the_step_equals_finite_differences_where_x_is_clipped(zero_point: float) -> None:
+    x = torch.tensor([-9.0, -4.0, 3.0, 7.5], dtype=torch.float64)  # all clipped at 3 bits and step 0.4
+    step = torch.tensor([[0.4]], dtype=torch.float64, requires_grad=True)
+    upstream = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+
+    def value(s: Tensor) -> Tensor:
+        zero = torch.full_like(s, zero_point)
+        levels = to_grid(x[None], s, torch.full_like(s, -4), torch.full_like(s, 3), zero)
+        return (levels * s * upstream).sum()
+
+    (gradient,) = torch.autograd.grad(value(step), step)
+    h = 1e-6
+    difference = (value(step.detach() + h) - value(step.detach() - h)) / (2 * h)
+    torch.testing.assert_close(gradient.squeeze(), difference, rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_of_the_step_is_the_rounding_error_in_steps_inside() -> None:
+    x = torch.tensor([[0.33, -0.72, 1.11]], dtype=torch.float64)  # in steps of 0.5: 0.66, -1.44, 2.22
+    step = row(0.5, torch.float64).requires_grad_()
+    fake = to_grid(x, step, row(-8, torch.float64), row(7, torch.float64)) * step
+    (gradient,) = torch.autograd.grad(fake.sum(), step)
+    assert gradient.item() == pytest.approx((1 - 0.66) + (-1 + 1.44) + (2 - 2.22))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_values_and_gradients_equal_torchs_learnable_fake_quantization(bits: int, signed: bool) -> None:
+    lowest, highest = hand_range(bits, signed)
+    step, g = 1.7 / highest, torch.Generator().manual_seed(bits)
+    # torch lets the gradient through for half a step beyond the range, LSQ does not: leave those x out
+    x = torch.randn(4000, generator=g)
+    x = x[((x / step - highest).abs() > 0.51) & ((x / step - lowest).abs() > 0.51)]
+    upstream = torch.randn(x.shape, generator=g)
+    factor = 1 / math.sqrt(x.numel() * highest)
+
+    theirs = [x.clone().requires_grad_(), torch.tensor([step], requires_grad=True), torch.zeros(1)]
+    expected = torch._fake_quantize_learnable_per_tensor_affine(*theirs, lowest, highest, factor)
+    expected.backward(upstream)
+
+    quantizer = with_steps(WeightQuantizer([bits]) if signed else ActivationQuantizer([bits], signed=False), [step])
+    own = x.clone().requires_grad_()
+    levels, own_step = quantizer(own) if signed else quantizer(own[None], None)
+    fake = levels.flatten() * own_step
+    fake.backward(upstream)
+
+    torch.testing.assert_close(fake, expected)
+    torch.testing.assert_close(own.grad, theirs[0].grad)
+    # the step size is held as a logarithm: one more factor `step`
+    torch.testing.assert_close(quantizer.log_step.grad, theirs[1].grad * step, rtol=1e-4, atol=1e-5)
+
+
+def test_zero_point_gradient_equals_torchs_learnable_fake_quantization() -> None:
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(3000, generator=g)
+    x = x[((x / 0.2 + 2 - 7).abs() > 0.51) & ((x / 0.2 + 2 + 8).abs() > 0.51)]
+    upstream = torch.randn(x.shape, generator=g)
+    theirs = [x, torch.tensor([0.2]), torch.tensor([2.0], requires_grad=True)]
+    torch._fake_quantize_learnable_per_tensor_affine(*theirs, -8, 7, 1.0).backward(upstream)
+    zero = row(2).requires_grad_()
+    (to_grid(x[None], row(0.2), row(-8), row(7), zero) * 0.2).backward(upstream[None])
+    torch.testing.assert_close(zero.grad[0], theirs[2].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_step_gradient_of_a_weight_is_scaled_by_its_size_and_highest_level(bits: int) -> None:
+    highest, step, numel = hand_range(bits, True)[1], 0.25, 24
+    quantizer = with_steps(WeightQuantizer([bits]), [step])
+    levels, own_step = quantizer(torch.full((2, 3, 2, 2), 1e3))  # every weight at the highest level
+    (levels[0] * own_step[0]).sum().backward()
+    # d/dlog(step) = step * numel * highest, scaled by 1 / sqrt(numel * highest)
+    assert quantizer.log_step.grad.item() == pytest.approx(step * math.sqrt(numel * highest), rel=1e-5)
+
+
+def test_step_gradient_of_an_input_is_scaled_by_the_size_of_one_image_not_of_the_batch() -> None:
+    images, numel, step, highest = 6, 20, 0.5, 15
+    quantizer = with_steps(ActivationQuantizer([4, 4], signed=False), [step, step])
+    levels, steps = quantizer(torch.full((images, 5, 2, 2), 1e3), torch.tensor([0, 0, 0, 0, 1, 1]))
+    (levels * steps.view(-1, 1, 1, 1)).sum().backward()
+    one_image = step * math.sqrt(numel * highest)
+    assert quantizer.log_step.grad.tolist() == pytest.approx([4 * one_image, 2 * one_image], rel=1e-5)
+
+
+def test_a_zero_gradient_leaves_zeros_and_no_nan() -> None:
+    weights, inputs = WeightQuantizer([2, 32, 8]), ActivationQuantizer([3, 32, 8], signed=True)
+    weight, x = torch.zeros(2, 3, 1, 1, requires_grad=True), torch.zeros(4, 3, 2, 2, requires_grad=True)
+    weights.initialize(weight)
+    inputs.initialize(x)
+    levels, weight_step = weights(weight)
+    grid, input_step = inputs(x, torch.tensor([0, 1, 2, 1]))
+    total = levels.sum() + weight_step.sum() + grid.sum() + input_step.sum()
+    (total * 0.0).backward()
+    for leaf in (weight, x, weights.log_step, inputs.log_step, inputs.zero_point):
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_a_choice_that_no_image_takes_gets_no_gradient() -> None:
+    quantizer = with_steps(ActivationQuantizer([2, 4, 8], signed=True), [0.5, 0.2, 0.1], [0.0, 1.0, 0.0])
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 3
+    levels, step = quantizer(x, torch.tensor([2, 0, 2]))
+    (levels * step.view(-1, 1, 1, 1)).square().sum().backward()
+    assert quantizer.log_step.grad[1] == 0
+    assert quantizer.zero_point.grad[1] == 0
+    assert (quantizer.log_step.grad[[0, 2]] != 0).all()
+
+
+# --- 32 bits, calibration, positivity ---------------------------------------------------------------------------------
+
+
+def test_32_bits_quantize_nothing_and_have_no_parameters() -> None:
+    weight, x = torch.randn(4, 3, 1, 1), torch.randn(2, 3, 4, 4)
+    weights, inputs = WeightQuantizer([32]), ActivationQuantizer([32], signed=True)
+    levels, weight_step = weights(weight)
+    grid, input_step = inputs(x, None)
+    assert torch.equal(levels[0], weight)
+    assert torch.equal(grid, x)
+    assert weight_step is None
+    assert input_step is None
+    assert not [*weights.parameters(), *inputs.parameters()]
+
+
+def test_32_bits_among_other_choices_pass_values_and_gradients_through() -> None:
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randn(4, 3, 1, 1, generator=g, requires_grad=True)
+    weights = WeightQuantizer([2, 32, 8])
+    weights.initialize(weight)
+    levels, step = weights(weight)
+    assert torch.equal(levels[1], weight)
+    assert step[1] == 1
+    (levels[1] * step[1]).sum().backward()
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    assert torch.equal(weights.log_step.grad, torch.zeros(3))
+
+    x = torch.randn(3, 3, 4, 4, generator=g, requires_grad=True)
+    inputs = ActivationQuantizer([2, 32, 8], signed=True)
+    inputs.initialize(x)
+    grid, steps = inputs(x, torch.tensor([1, 0, 1]))
+    assert torch.equal(grid[[0, 2]], x[[0, 2]])
+    assert not torch.equal(grid[1], x[1])
+    assert steps[[0, 2]].tolist() == [1, 1]
+    (grid * steps.view(-1, 1, 1, 1))[[0, 2]].sum().backward()
+    assert torch.equal(x.grad[[0, 2]], torch.ones(2, 3, 4, 4))
+    assert torch.equal(inputs.log_step.grad, torch.zeros(3))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_an_uncalibrated_quantizer_gives_nan_and_not_numbers(signed: bool) -> None:
+    levels, step = ActivationQuantizer([4, 8], signed=signed)(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
+    assert (levels * step.view(-1, 1, 1, 1)).isnan().all()
+    levels, step = WeightQuantizer([4])(torch.rand(2, 3, 1, 1))
+    assert (levels * step.view(-1, 1, 1, 1, 1)).isnan().all()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_step_sizes_stay_positive_under_gradients_that_would_carry_a_plain_number_below_zero(optimizer: type) -> None:
+    quantizer = with_steps(WeightQuantizer([2, 4]), [0.01, 2.0])
+    descent = optimizer(quantizer.parameters(), lr=1.0)
+    for _ in range(30):
+        descent.zero_grad()
+        (100 * quantizer.steps(9)).sum().backward()  # plain descent: 0.01 - 100 after one step
+        descent.step()
+    steps = quantizer.steps(9)
+    assert (steps > 0).all()
+    assert steps.isfinite().all()
+    assert (steps < torch.tensor([0.01, 2.0])).all()
+
+
+def test_first_step_sizes_are_twice_the_mean_over_the_root_of_the_highest_level() -> None:
+    x = torch.tensor([1.0, -1.0, 2.0, 0.0]).view(4, 1, 1, 1)  # mean|x| = 1
+    weights = WeightQuantizer([2, 3, 8, 32])
+    weights.initialize(x)
+    expected = [2.0, 2 / math.sqrt(3), 2 / math.sqrt(127), 1.0]
+    assert weights.steps(4).tolist() == pytest.approx(expected, rel=1e-6)
+    inputs = ActivationQuantizer([2, 3, 8, 32], signed=False)
+    inputs.initialize(x)
+    expected = [2 / math.sqrt(3), 2 / math.sqrt(7), 2 / math.sqrt(255), 1.0]
+    assert inputs.steps(4).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_first_step_sizes_of_signed_inputs_span_minimum_to_maximum() -> None:
+    inputs = ActivationQuantizer([2, 4, 8], signed=True)
+    inputs.initialize(torch.tensor([-1.0, 0.3, 3.0]).view(1, 1, 1, 3))
+    assert inputs.steps(3).tolist() == pytest.approx([4 / 3, 4 / 15, 4 / 255], rel=1e-6)
+    # lowest level + 1 / step, rounded: -2 + 0.75, -8 + 3.75, -128 + 63.75
+    assert inputs.zero_point.tolist() == [-1, -4, -64]
+
+
+@pytest.mark.parametrize("low, high", [(-1.0, 1.0), (-3.0, 0.5), (0.2, 5.0)])
+def test_after_calibration_on_its_range_a_signed_input_is_at_most_one_step_off(low: float, high: float) -> None:
+    x = torch.linspace(low, high, 500).view(1, 1, 1, -1)
+    inputs = ActivationQuantizer([2, 3, 4, 8], signed=True)
+    inputs.initialize(x)
+    for k in range(4):
+        levels, step = inputs(x, torch.tensor([k]))
+        assert ((levels * step - x).abs() <= step * 1.001).all()
+
+
+def test_data_of_zeros_calibrate_to_a_positive_step() -> None:
+    for quantizer in (WeightQuantizer([4]), ActivationQuantizer([4], signed=True)):
+        quantizer.initialize(torch.zeros(2, 2, 1, 1))
+        assert quantizer.steps(4).item() > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_gives_the_levels_and_gradients_of_the_cpu() -> None:
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for device in ("cpu", "cuda"):
+        quantizer = with_steps(ActivationQuantizer([2, 4, 8], signed=True), [0.5, 0.2, 0.03], [0, 1, 0]).to(device)
+        own = x.to(device).requires_grad_()
+        levels, step = quantizer(own, torch.tensor([2, 0, 1], device=device))
+        (levels * step.view(-1, 1, 1, 1)).square().sum().backward()
+        gradients = (own.grad, quantizer.log_step.grad, quantizer.zero_point.grad)
+        results.append([t.detach().cpu() for t in (levels, *gradients)])
+    for cpu, cuda in zip(*results, strict=True):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-4, atol=1e-4)

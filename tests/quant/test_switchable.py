@@ -1,0 +1,352 @@
+"""The switchable convolution equals a loop over images, each run alone through torch's own operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from instaqnas.quant.switchable import SwitchableConv2d, calibrate, per_image_conv2d
+
+MIXED = [(2, 3), (4, 4), (8, 8)]
+WITH_OFF = [(3, 4), (32, 32), (32, 4), (5, 32)]
+
+
+@dataclass(frozen=True)
+class Case:
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+    signed_input: bool = False
+
+
+CASES = {
+    "pointwise": Case(4, 6, 1),
+    "depthwise": Case(5, 5, 3, groups=5),
+    "strided": Case(4, 6, 3, stride=2),
+    "strided depthwise": Case(4, 4, 3, stride=2, groups=4),
+    "strided pointwise": Case(4, 6, 1, stride=2),
+    "signed input": Case(3, 4, 7, stride=2, signed_input=True),
+}
+
+
+def build(case: Case, choices: list[tuple[int, int]], *, batch_norm: bool, seed: int = 0) -> SwitchableConv2d:
+    """A layer in float64 whose parameters and statistics all differ, so that no mix-up can hide."""
+    layer = SwitchableConv2d(
+        case.in_channels,
+        case.out_channels,
+        case.kernel_size,
+        choices,
+        stride=case.stride,
+        groups=case.groups,
+        batch_norm=batch_norm,
+        signed_input=case.signed_input,
+    ).double()
+    g = torch.Generator().manual_seed(seed)
+    layer.initialize_steps(inputs(case, 8, seed=seed + 1))
+    with torch.no_grad():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer.any_quantized:
+                quantizer.log_step += 0.3 * torch.randn(len(choices), generator=g, dtype=torch.float64)
+        if layer.norm is None:
+            layer.bias.copy_(torch.randn(case.out_channels, generator=g))
+        else:
+            for tensor, offset in ((layer.norm.weight, 1), (layer.norm.bias, 0), (layer.norm.running_mean, 0)):
+                tensor.copy_(offset + 0.5 * torch.randn(tensor.shape, generator=g))
+            layer.norm.running_var.copy_(torch.rand(layer.norm.running_var.shape, generator=g) + 0.5)
+    return layer
+
+
+def inputs(case: Case, images: int, *, size: int = 7, seed: int = 1) -> Tensor:
+    x = torch.randn(images, case.in_channels, size, size, generator=torch.Generator().manual_seed(seed)).double()
+    return x if case.signed_input else x.relu()
+
+
+# --- The reference ----------------------------------------------------------------------------------------------------
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    return x + (x.round() - x).detach()
+
+
+def fake_quantize(x: Tensor, bits: int, log_step: Tensor, k: int, zero: Tensor | None, signed: bool) -> Tensor:
+    if bits == 32:
+        return x
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    step, offset = log_step[k].exp(), 0.0 if zero is None else round_straight_through(zero[k])
+    return (round_straight_through((x / step + offset).clamp(low, high)) - offset) * step
+
+
+def convolve_alone(layer: SwitchableConv2d, p: dict[str, Tensor], image: Tensor, k: int) -> Tensor:
+    """One image [1, in, H, W] at choice k, by F.conv2d of fake-quantized weight and input."""
+    weight_bits, input_bits = layer.choices[k]
+    signed = "input_quantizer.zero_point" in p
+    zero = p.get("input_quantizer.zero_point")
+    weight = fake_quantize(p["weight"], weight_bits, p.get("weight_quantizer.log_step"), k, None, True)
+    image = fake_quantize(image, input_bits, p.get("input_quantizer.log_step"), k, zero, signed)
+    kernel_size = weight.shape[-1]
+    return F.conv2d(image, weight, p.get("bias"), layer.stride, kernel_size // 2, groups=layer.groups)
+
+
+def reference(
+    layer: SwitchableConv2d, p: dict[str, Tensor], x: Tensor, choice: list[int], mean: Tensor, var: Tensor
+) -> Tensor:
+    """Every image alone, then F.batch_norm over the images of each choice; updates `mean` and `var` in training."""
+    alone = [convolve_alone(layer, p, x[b : b + 1], k) for b, k in enumerate(choice)]
+    if layer.norm is not None:
+        for k in sorted(set(choice)):
+            members = [b for b, own in enumerate(choice) if own == k]
+            group = torch.cat([alone[b] for b in members])
+            scale, shift = p["norm.weight"][k], p["norm.bias"][k]
+            group = F.batch_norm(group, mean[k], var[k], scale, shift, layer.training, 0.1, 1e-5)
+            for b, y in zip(members, group.split(1), strict=True):
+                alone[b] = y
+    return torch.cat(alone)
+
+
+def gradient_scales(layer: SwitchableConv2d, x: Tensor) -> dict[str, Tensor]:
+    """LSQ's factor 1 / sqrt(numel * highest level) on the gradients of the step sizes, 1 on all others."""
+    weight_highest = [2 ** (min(w, 8) - 1) - 1 for w, _ in layer.choices]
+    signed = layer.input_quantizer.zero_point is not None
+    input_highest = [(2 ** (min(a, 8) - 1) - 1) if signed else 2 ** min(a, 8) - 1 for _, a in layer.choices]
+    return {
+        "weight_quantizer.log_step": (layer.weight.numel() * torch.tensor(weight_highest).double()).rsqrt(),
+        "input_quantizer.log_step": (x[0].numel() * torch.tensor(input_highest).double()).rsqrt(),
+    }
+
+
+def assert_equals_reference(case: Case, choices: list[tuple[int, int]], choice: list[int], **settings: bool) -> None:
+    layer = build(case, choices, batch_norm=settings["batch_norm"])
+    layer.train(settings["training"])
+    p = {name: value.detach().clone().requires_grad_() for name, value in layer.named_parameters()}
+    statistics = (torch.zeros(0), torch.zeros(0))
+    if layer.norm is not None:
+        statistics = (layer.norm.running_mean.clone(), layer.norm.running_var.clone())
+    x = inputs(case, len(choice))
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    y = layer(ours, torch.tensor(choice))
+    expected = reference(layer, p, theirs, choice, *statistics)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    if layer.norm is not None:
+        torch.testing.assert_close(layer.norm.running_mean, statistics[0])
+        torch.testing.assert_close(layer.norm.running_var, statistics[1])
+
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).double()
+    y.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-8)
+    scales = gradient_scales(layer, x)
+    for name, value in layer.named_parameters():
+        wanted = torch.zeros_like(value) if p[name].grad is None else p[name].grad * scales.get(name, 1.0)
+        torch.testing.assert_close(value.grad, wanted, rtol=1e-7, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("batch_norm", [True, False], ids=["norm", "bias"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_values_gradients_and_statistics_equal_a_loop_over_images(case: Case, batch_norm: bool, training: bool) -> None:
+    assert_equals_reference(case, MIXED, [2, 0, 1, 0, 2, 2], batch_norm=batch_norm, training=training)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", ["pointwise", "strided", "signed input"])
+def test_choices_without_quantization_mix_with_others(case: str, training: bool) -> None:
+    assert_equals_reference(CASES[case], WITH_OFF, [3, 0, 1, 2, 1, 0], batch_norm=True, training=training)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("batch_norm", [True, False], ids=["norm", "bias"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_one_choice_equals_a_loop_over_images(case: Case, batch_norm: bool, training: bool) -> None:
+    assert_equals_reference(case, [(3, 4)], [0, 0, 0], batch_norm=batch_norm, training=training)
+
+
+@pytest.mark.parametrize("choice", [[0, 0, 0], [1], [2, 2]])
+def test_a_batch_in_which_choices_are_absent_equals_the_loop(choice: list[int]) -> None:
+    for training in (True, False):
+        assert_equals_reference(CASES["pointwise"], MIXED, choice, batch_norm=True, training=training)
+
+
+# --- BatchNorm --------------------------------------------------------------------------------------------------------
+
+
+def test_an_absent_choice_keeps_its_statistics_and_gets_no_gradient() -> None:
+    layer = build(CASES["strided"], MIXED, batch_norm=True).train()
+    before = {name: value.clone() for name, value in layer.norm.named_buffers()}
+    layer(inputs(CASES["strided"], 3), torch.tensor([2, 0, 2])).square().sum().backward()
+    for name, value in layer.norm.named_buffers():
+        assert torch.equal(value[1], before[name][1])
+        assert (value[[0, 2]] != before[name][[0, 2]]).all()
+    for parameter in (layer.norm.weight, layer.norm.bias, layer.weight_quantizer.log_step):
+        assert torch.equal(parameter.grad[1], torch.zeros_like(parameter.grad[1]))
+        assert parameter.grad.isfinite().all()
+
+
+def test_evaluation_leaves_the_statistics_alone() -> None:
+    layer = build(CASES["pointwise"], MIXED, batch_norm=True).eval()
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    layer(inputs(CASES["pointwise"], 3), torch.tensor([2, 0, 2]))
+    for name, value in layer.named_buffers():
+        assert torch.equal(value, before[name])
+
+
+def test_running_variance_is_the_unbiased_one_by_hand() -> None:
+    layer = SwitchableConv2d(1, 1, 1, [(32, 32), (32, 32)]).train()
+    nn.init.ones_(layer.weight)
+    x = torch.tensor([[1.0, 3.0], [5.0, 7.0], [100.0, 100.0]]).view(3, 1, 1, 2)
+    layer(x, torch.tensor([0, 0, 1]))
+    # choice 0: 1, 3, 5, 7 have mean 4 and variance 20 / 3; choice 1: mean 100, variance 0; momentum 0.1 from 0 and 1
+    assert layer.norm.running_mean.flatten().tolist() == pytest.approx([0.4, 10.0])
+    assert layer.norm.running_var.flatten().tolist() == pytest.approx([0.9 + 2 / 3, 0.9])
+
+
+# --- Full precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_one_choice_at_32_bits_is_an_ordinary_convolution_with_batch_norm(case: Case) -> None:
+    layer = build(case, [(32, 32)], batch_norm=True)
+    plain = nn.Sequential(
+        nn.Conv2d(
+            case.in_channels,
+            case.out_channels,
+            case.kernel_size,
+            case.stride,
+            case.kernel_size // 2,
+            groups=case.groups,
+            bias=False,
+        ),
+        nn.BatchNorm2d(case.out_channels),
+    ).double()
+    with torch.no_grad():
+        plain[0].weight.copy_(layer.weight)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(plain[1], name).copy_(getattr(layer.norm, name)[0])
+    assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in plain.parameters())
+
+    descents = [torch.optim.SGD(network.parameters(), lr=0.05) for network in (layer, plain)]
+    for step in range(3):
+        x = inputs(case, 4, seed=step)
+        for network, descent in zip((layer, plain), descents, strict=True):
+            descent.zero_grad()
+            network(x).sigmoid().sum().backward()
+            descent.step()
+    for training in (True, False):
+        layer.train(training)
+        plain.train(training)
+        x = inputs(case, 4, seed=8)
+        torch.testing.assert_close(layer(x), plain(x))
+    torch.testing.assert_close(layer.norm.running_var[0], plain[1].running_var)
+
+
+def test_one_choice_at_32_bits_with_bias_is_an_ordinary_convolution() -> None:
+    layer = build(CASES["strided"], [(32, 32)], batch_norm=False)
+    plain = nn.Conv2d(4, 6, 3, 2, 1).double()
+    with torch.no_grad():
+        plain.weight.copy_(layer.weight)
+        plain.bias.copy_(layer.bias)
+    x = inputs(CASES["strided"], 4)
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+# --- Other properties -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_in_evaluation_an_image_does_not_depend_on_the_rest_of_its_batch(case: Case) -> None:
+    layer = build(case, MIXED, batch_norm=True).eval()
+    x, choice = inputs(case, 6), torch.tensor([2, 0, 1, 0, 2, 1])
+    together = layer(x, choice)
+    for part in ([0], [3, 1], [5, 4, 2]):
+        torch.testing.assert_close(layer(x[part], choice[part]), together[part])
+
+
+def test_a_quantized_product_equals_integer_arithmetic_to_the_last_bit() -> None:
+    layer = SwitchableConv2d(32, 16, 3, [(8, 8), (4, 8)], batch_norm=False)
+    with torch.no_grad():  # powers of two: rescaling is exact
+        layer.weight_quantizer.log_step.copy_(torch.tensor([2.0**-9, 2.0**-5]).log())
+        layer.input_quantizer.log_step.copy_(torch.tensor([2.0**-6, 2.0**-6]).log())
+    g = torch.Generator().manual_seed(0)
+    weight_levels = torch.randint(-8, 8, layer.weight.shape, generator=g)
+    input_levels = torch.randint(0, 256, (2, 32, 6, 6), generator=g)
+    sums = F.conv2d(input_levels.double(), weight_levels.double(), padding=1)  # integers: exact in float64
+    for k, (weight_step, input_step) in enumerate([(2.0**-9, 2.0**-6), (2.0**-5, 2.0**-6)]):
+        with torch.no_grad():
+            layer.weight.copy_(weight_levels * weight_step)
+            y = layer(input_levels.float() * input_step, torch.tensor([k, k]))
+        own_steps = layer.weight_quantizer.log_step[k].exp() * layer.input_quantizer.log_step[k].exp()
+        assert torch.equal(y, sums.float() * own_steps)
+
+
+@pytest.mark.parametrize(
+    "channels, out, kernel, stride, padding, groups",
+    [
+        (4, 6, 1, 1, 0, 1),
+        (4, 6, 1, 2, 0, 1),
+        (4, 6, 3, 2, 1, 1),
+        (4, 4, 3, 1, 1, 4),
+        (4, 6, 3, 1, 1, 2),
+        (1, 2, 1, 1, 0, 1),
+    ],
+)
+def test_per_image_convolution_equals_a_loop(
+    channels: int, out: int, kernel: int, stride: int, padding: int, groups: int
+) -> None:
+    x = torch.randn(3, channels, 5, 8, dtype=torch.float64)
+    weight = torch.randn(3, out, channels // groups, kernel, kernel, dtype=torch.float64)
+    loop = [F.conv2d(x[b : b + 1], weight[b], None, stride, padding, groups=groups) for b in range(3)]
+    torch.testing.assert_close(per_image_conv2d(x, weight, stride, padding, groups), torch.cat(loop))
+
+
+def test_an_uncalibrated_layer_gives_nan_and_not_numbers() -> None:
+    layer = SwitchableConv2d(3, 4, 3, [(2, 2), (4, 4)], batch_norm=False)
+    assert layer(torch.rand(2, 3, 5, 5), torch.tensor([0, 1])).isnan().all()
+
+
+# --- Calibration ------------------------------------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Two layers with a ReLU between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = SwitchableConv2d(3, 4, 3, [(8, 8)], signed_input=True)
+        self.second = SwitchableConv2d(4, 5, 1, MIXED)
+
+    def forward(self, x: Tensor, choice: Tensor) -> Tensor:
+        return self.second(self.first(x).relu(), choice)
+
+
+def test_calibration_shows_every_layer_inputs_that_its_predecessors_have_quantized() -> None:
+    torch.manual_seed(0)
+    network = Chain().eval()
+    x, choice = torch.randn(5, 3, 6, 6), torch.tensor([0, 1, 2, 2, 1])
+    calibrate(network, lambda: network(x, choice))
+
+    assert not network.training
+    assert not network.first.training
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+    span = (x.max() - x.min()).item()
+    assert network.first.input_quantizer.log_step.exp().item() == pytest.approx(span / 255, rel=1e-5)
+    p = dict(network.first.named_parameters())
+    convolved = torch.cat([convolve_alone(network.first, p, image[None], 0) for image in x])
+    hidden = F.batch_norm(convolved, None, None, training=True).relu()
+    expected = [2 * hidden.mean().item() / highest**0.5 for highest in (7, 15, 255)]
+    assert network.second.input_quantizer.log_step.exp().tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_calibration_is_over_once_it_returns() -> None:
+    network = Chain()
+    choice = torch.tensor([0, 1, 2])
+    calibrate(network, lambda: network(torch.randn(3, 3, 6, 6), choice))
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    network(100 * torch.randn(3, 3, 6, 6), choice)
+    for name, value in network.named_parameters():
+        assert torch.equal(value, before[name])

@@ -1,0 +1,155 @@
+"""The shell scripts: their form, and what setup.sh does, with a stand-in for Python so that nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+STAGES = ("pretrain", "search", "finetune", "eval")
+
+# Makes a folder with itself in it for `-m venv`, and writes down what it is asked to do.
+FAKE_PYTHON = """#!/usr/bin/env bash
+set -euo pipefail
+case "$*" in
+  --version) echo "Python 3.x" ;;
+  "-c import sys; sys.exit(sys.version_info < (3, 10))") [[ ! -e old ]] ;;
+  "-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python && echo venv >>calls ;;
+  "-m pip --version") [[ ! -e .venv/without-pip ]] ;;
+  "-m pip install"*) echo "pip ${@: -1}" >>calls && [[ ! -e offline ]] ;;
+  *) echo "$*" >>calls ;;
+esac
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the scripts beside empty lists of requirements."""
+    root = tmp_path / "a project"
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    (root / "tests").mkdir()
+    for name in ("requirements.txt", "tests/requirements.txt"):
+        (root / name).write_text("# nothing\n")
+    (root / "fake-python").write_text(FAKE_PYTHON)
+    (root / "fake-python").chmod(0o755)
+    return root
+
+
+def run(project: Path, script: str, *words: str, python: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": python or str(project / "fake-python")}
+    command = [str(project / "scripts" / script), *words]
+    return subprocess.run(command, cwd=project.parent, env=environment, capture_output=True, text=True, check=False)
+
+
+def calls(project: Path) -> list[str]:
+    """What was called since the last time this was asked."""
+    path = project / "calls"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+def test_every_script_is_there() -> None:
+    named = {"setup.sh", "test.sh", "quickstart.sh", *(f"{stage}.sh" for stage in STAGES), "run"}
+    assert named <= {path.name for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_executable_strict_bash(path: Path) -> None:
+    assert path.stat().st_mode & stat.S_IXUSR
+    lines = path.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    statements = [line for line in lines if line and not line.startswith("#")]
+    assert statements[0] == "set -euo pipefail"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_setup_makes_the_environment_once(project: Path) -> None:
+    run(project, "setup.sh").check_returncode()
+    assert calls(project) == ["venv", "pip requirements.txt"]
+    again = run(project, "setup.sh")
+    assert again.returncode == 0
+    assert again.stdout + again.stderr == ""
+    assert calls(project) == []
+
+
+def test_setup_adds_what_the_tests_need(project: Path) -> None:
+    run(project, "setup.sh")
+    calls(project)
+    run(project, "setup.sh", "--dev").check_returncode()
+    assert calls(project) == ["pip tests/requirements.txt"]
+
+
+def test_setup_installs_again_when_the_requirements_change(project: Path) -> None:
+    run(project, "setup.sh")
+    calls(project)
+    (project / "requirements.txt").write_text("# something else\n")
+    run(project, "setup.sh").check_returncode()
+    assert calls(project) == ["pip requirements.txt"]
+
+
+def test_setup_goes_on_after_a_failed_installation(project: Path) -> None:
+    (project / "offline").touch()
+    assert run(project, "setup.sh").returncode != 0
+    (project / "offline").unlink()
+    calls(project)
+    run(project, "setup.sh").check_returncode()
+    assert calls(project) == ["pip requirements.txt"]
+
+
+def test_setup_replaces_an_environment_without_pip(project: Path) -> None:
+    run(project, "setup.sh")
+    calls(project)
+    (project / ".venv" / "without-pip").touch()
+    (project / "requirements.txt").write_text("# something else\n")
+    run(project, "setup.sh").check_returncode()
+    assert calls(project) == ["venv", "pip requirements.txt"]
+
+
+def test_setup_refuses_an_old_python_in_one_line(project: Path) -> None:
+    (project / "old").touch()
+    refused = run(project, "setup.sh")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "3.10 or newer" in refused.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_setup_refuses_a_python_that_is_not_there_and_unknown_options(project: Path) -> None:
+    assert "no such Python" in run(project, "setup.sh", python="python-that-is-not-there").stderr
+    assert "unknown option --all" in run(project, "setup.sh", "--all").stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_script_hands_its_words_on(project: Path, stage: str) -> None:
+    run(project, "setup.sh")
+    calls(project)
+    run(project, f"{stage}.sh", "--config", "a b.yaml", "--seed", "1").check_returncode()
+    assert calls(project) == [f"{stage}.py --config a b.yaml --seed 1"]
+
+
+def test_quickstart_runs_the_stages_in_order(project: Path) -> None:
+    result = run(project, "quickstart.sh", "--seed", "1")
+    result.check_returncode()
+    common = "--config configs/shapes.yaml --run runs/quickstart"
+    assert calls(project) == [
+        "venv",
+        "pip requirements.txt",
+        "-m instaqnas.tools.shapes --root data/shapes",
+        f"pretrain.py {common} --seed 1",
+        f"search.py {common} --seed 1",
+        f"finetune.py {common} --seed 1",
+        f"eval.py {common} --bits all --seed 1",
+    ]
+    assert result.stdout.count(" s] ") == 6
+
+
+def test_test_script_checks_then_tests(project: Path) -> None:
+    run(project, "test.sh", "-x").check_returncode()
+    assert calls(project)[3:] == ["-m ruff check .", "-m ruff format --check .", "-m pytest -x"]

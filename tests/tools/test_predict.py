@@ -1,0 +1,220 @@
+"""Prediction on arbitrary images, with an untrained detector and a policy whose choices are known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageOps
+
+from instaqnas.config import from_plain, to_plain
+from instaqnas.data.shapes import generate_shapes
+from instaqnas.detector.ssd import DetectorBits, detector_layers
+from instaqnas.quant.switchable import calibrate
+from instaqnas.tools.predict import main
+from instaqnas.training.run_dir import RunDir
+from instaqnas.training.stages import DetectorTraining, Experiment
+
+CHOSEN = [1, 1, 0, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0]  # the policy's choice at each position, whatever the image
+CLASSES = {"disc", "ring", "triangle", "brick", "hexagon", "star", "cross", "crescent"}
+BITS = {"choices": [[2, 2], [4, 3]], "stem": [8, 8], "depthwise": [8, 8], "extras": [4, 4], "heads": [8, 8]}
+
+Predict = Callable[..., list[dict]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds `tiny.yaml` and `runs/tiny`, finetuned as far as the files tell."""
+    folder = tmp_path_factory.mktemp("predict")
+    generate_shapes(folder / "shapes", {"train": 2, "test": 1}, image_size=64)
+    settings = {
+        "data": {"roots": [str(folder / "shapes")], "workers": 0},
+        "detector": {"image_size": 64, "width": 0.25},
+        "bits": {**BITS, "calibration_images": 2},
+        "policy": {"pool": 4, "width": 4},
+        "device": "cpu",
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    config = from_plain(settings)
+    experiment = Experiment(config)
+    detector, policy = experiment.quantized_detector(), experiment.policy()
+    images = experiment.calibration_images()
+    calibrate(detector, lambda: detector(images, torch.zeros(len(images), 13, dtype=torch.int64)))
+    calibrate(policy, lambda: policy(images))
+    with torch.no_grad():
+        policy.head.weight.zero_()
+        policy.head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(CHOSEN), 2).flatten())
+    run_dir = RunDir(folder / "runs" / "tiny", "finetune", to_plain(config))
+    state = DetectorTraining.begin(experiment, run_dir, detector, config.finetune).state
+    state.networks["policy"], state.epoch = policy, config.finetune.epochs
+    run_dir.save(state.state_dict(), best=False)
+    return folder
+
+
+@pytest.fixture
+def predict(folder: Path, capsys: pytest.CaptureFixture) -> Predict:
+    def run(*words: str | Path) -> list[dict]:
+        named = ["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny")]
+        main([*named, *map(str, words)])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def write_grey(path: Path, width: int, height: int) -> Path:
+    cv2.imwrite(str(path), np.full((height, width, 3), 90, np.uint8))
+    return path
+
+
+def write_photo(path: Path, orientation: int) -> Path:
+    """A 60 x 40 JPEG, different in every corner, with an EXIF orientation."""
+    y, x = np.mgrid[:40, :60]
+    photo = Image.fromarray(np.stack([4 * x, 6 * y, 2 * (x + y)], axis=2).astype(np.uint8))
+    exif = photo.getexif()
+    exif[0x0112] = orientation
+    photo.save(path, exif=exif)
+    return path
+
+
+def refusal(predict: Predict, *words: str | Path) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        predict(*words)
+    assert exit_.value.code == 2
+
+
+def test_bits_are_the_policys_and_cost_what_the_layers_cost(predict: Predict, folder: Path, tmp_path: Path) -> None:
+    [found] = predict(write_grey(tmp_path / "a.png", 64, 64))
+    assert found["bits"] == [["w2a2", "w4a3"][choice] for choice in CHOSEN]
+    config = from_plain(yaml.safe_load((folder / "tiny.yaml").read_text()))
+    layers = detector_layers(Experiment(config).detector(DetectorBits.full_precision()))
+    bitops = 0
+    for layer in layers:
+        part = layer.name.rpartition(".")[2]
+        if part == "pointwise":
+            bitops += layer.macs * [2 * 2, 4 * 3][CHOSEN[int(layer.name.split(".")[2])]]
+        else:
+            bitops += layer.macs * (4 * 4 if part in ("reduce", "down") else 8 * 8)
+    assert found["gbitops"]["detector"] == pytest.approx(bitops / 1e9, rel=1e-12)
+    assert 0 < found["gbitops"]["policy"] < 0.1
+
+
+def test_detections_name_classes_and_come_best_first(predict: Predict, tmp_path: Path) -> None:
+    [found] = predict(write_photo(tmp_path / "a.jpg", 1), "--score", "0.1")
+    scores = [detection["score"] for detection in found["detections"]]
+    assert scores
+    assert min(scores) >= 0.1
+    assert scores == sorted(scores, reverse=True)
+    assert {detection["label"] for detection in found["detections"]} <= CLASSES
+
+
+def test_no_detection_reaches_score_1(predict: Predict, tmp_path: Path) -> None:
+    [found] = predict(write_photo(tmp_path / "a.jpg", 1), "--score", "1")
+    assert found["detections"] == []
+
+
+def test_boxes_are_in_the_pixels_of_each_image(predict: Predict, tmp_path: Path) -> None:
+    # A plain grey image is the same to the detector at any size, so the boxes cover the same share of it.
+    sizes = [(64, 64), (640, 64), (50, 333), (1, 1)]
+    paths = [write_grey(tmp_path / f"{width}x{height}.png", width, height) for width, height in sizes]
+    square, *others = predict(*paths, "--score", "0.1")
+    assert len(square["detections"]) > 1
+    for (width, height), other in zip(sizes[1:], others, strict=True):
+        for a, b in zip(square["detections"], other["detections"], strict=True):
+            expected = np.array(a["box_xyxy"]) / 64 * [width, height, width, height]
+            assert b["box_xyxy"] == pytest.approx(expected, abs=0.005 * (1 + max(width, height) / 64))
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_photo_is_turned_upright(predict: Predict, tmp_path: Path, orientation: int) -> None:
+    photo = write_photo(tmp_path / "photo.jpg", orientation)
+    upright = ImageOps.exif_transpose(Image.open(photo))
+    upright.save(tmp_path / "upright.png")
+    as_taken, expected = predict(photo, tmp_path / "upright.png", "--score", "0.1", "--out", tmp_path)
+    assert expected["detections"]
+    assert as_taken["detections"] == expected["detections"]
+    drawn = cv2.imread(str(tmp_path / "photo_detections.png"))
+    assert drawn.shape[1::-1] == upright.size
+
+
+def test_grey_and_transparent_images_are_taken(predict: Predict, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "grey.png"), np.full((30, 40), 90, np.uint8))
+    cv2.imwrite(str(tmp_path / "transparent.png"), np.full((30, 40, 4), 90, np.uint8))
+    a, b, c = predict(
+        tmp_path / "grey.png", tmp_path / "transparent.png", write_grey(tmp_path / "rgb.png", 40, 30), "--score", "0.1"
+    )
+    assert a["detections"] == b["detections"] == c["detections"] != []
+
+
+def test_out_gets_the_drawn_image_and_leaves_the_image_alone(predict: Predict, tmp_path: Path) -> None:
+    path = write_grey(tmp_path / "a.png", 80, 50)
+    before = path.read_bytes()
+    predict(path, "--score", "0.1", "--out", tmp_path)
+    assert path.read_bytes() == before
+    drawn = cv2.imread(str(tmp_path / "a_detections.png"))
+    assert drawn.shape == (50, 80, 3)
+    assert (drawn != 90).any()
+
+
+def test_unreadable_image_stops_with_its_name_after_the_images_before_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    good, broken = write_grey(tmp_path / "good.png", 40, 40), tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff not a JPEG")
+    named = ["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny")]
+    with pytest.raises(SystemExit) as exit_:
+        main([*named, str(good), str(broken), str(good)])
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert [json.loads(line)["file"] for line in captured.out.splitlines()] == [str(good)]
+    assert captured.err.endswith(f"error: {broken}: not a readable image\n")
+
+
+@pytest.mark.parametrize("make", [lambda path: path.touch(), lambda path: path.mkdir(), lambda path: None])
+def test_empty_file_folder_and_missing_file_are_refused_by_name(
+    predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "x.png")
+    refusal(predict, tmp_path / "x.png")
+    assert f"error: {tmp_path / 'x.png'}: " in capsys.readouterr().err
+
+
+def test_two_images_of_one_name_are_not_drawn_over_each_other(
+    predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    refusal(predict, "one/a.png", "two/a.jpg", "--out", tmp_path)
+    assert "would be written for one/a.png and again for two/a.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a.png", "--score", "nan"], "--score: expected a number from 0 to 1"),
+        (["a.png", "--device", "cpu"], "unknown option --device; settings are overridden with an equals sign"),
+        (["a.png", "--devise=cpu"], "unknown option --devise"),
+    ],
+)
+def test_wrong_options_are_refused(
+    predict: Predict, capsys: pytest.CaptureFixture, words: list[str], message: str
+) -> None:
+    refusal(predict, *words)
+    assert message in capsys.readouterr().err
+
+
+def test_untrained_run_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--config", str(folder / "tiny.yaml"), "--run", str(tmp_path / "none"), "a.png"])
+    assert exit_.value.code == 2
+    assert "none/search: no checkpoint; run search.py first" in capsys.readouterr().err
+
+
+def test_searched_run_is_taken_where_finetuning_has_not_begun(folder: Path, tmp_path: Path, predict: Predict) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "search").symlink_to(folder / "runs" / "tiny" / "finetune")
+    path = write_grey(tmp_path / "a.png", 40, 40)
+    assert predict(path, "--run", tmp_path / "run") == predict(path)

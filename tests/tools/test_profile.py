@@ -1,0 +1,116 @@
+"""The counter of MACs and GBitOps against figures worked out by hand for the published setting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from instaqnas.data.voc import VOC_CLASSES
+from instaqnas.tools.profile import class_names_of, main
+
+VOC_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "voc.yaml"
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> dict:
+    """What --json prints where there is no data."""
+    monkeypatch.chdir(tmp_path)
+    main(["--config", str(VOC_CONFIG), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def voc_tree(root: Path, labels: str | None = None) -> str:
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    if labels is not None:
+        (root / "labels.txt").write_text(labels)
+    return str(root)
+
+
+def mobilenet_ssd_params(classes: int) -> int:
+    """Weights, BatchNorm's two values a channel, and biases, layer by layer."""
+    params, channels = 3 * 32 * 9 + 2 * 32, 32
+    for out in (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024):
+        params += channels * 9 + 2 * channels + channels * out + 2 * out
+        channels = out
+    for inner, out in ((256, 512), (128, 256), (128, 256), (128, 256)):
+        params += channels * inner + inner + inner * out * 9 + out
+        channels = out
+    for source in (512, 1024, 512, 256, 256, 256):
+        outputs = 6 * 4 + 6 * classes
+        params += source * outputs * 9 + outputs
+    return params
+
+
+def test_detector_of_the_paper_has_the_known_macs_and_gbitops(counted: dict) -> None:
+    assert list(counted) == ["macs", "params", "gbitops", "policy"]
+    assert counted["macs"] == 1_526_986_688
+    assert counted["gbitops"] == {
+        "all_8_8": 97.727148032,
+        "all_4_4": 24.431787008,
+        "uniform": {"w3a4": 42.54570496, "w4a4": 46.561882112, "w5a4": 50.578059264},
+    }
+
+
+def test_params_are_those_of_the_full_precision_detector(counted: dict) -> None:
+    assert counted["params"] == mobilenet_ssd_params(21)
+
+
+def test_policy_is_counted_apart(counted: dict) -> None:
+    # (side of the output, channels in, channels out, side of the kernel); the input is 300 / 8 = 37 pixels a side
+    layers = [
+        (19, 3, 16, 7),
+        *[(10, 16, 16, 3)] * 2,
+        *[(5, 16, 32, 3), (5, 32, 32, 3), (5, 16, 32, 1)],
+        *[(3, 32, 64, 3), (3, 64, 64, 3), (3, 32, 64, 1)],
+        *[(2, 64, 128, 3), (2, 128, 128, 3), (2, 64, 128, 1)],
+        (1, 128, 13 * 3, 1),
+    ]
+    macs = sum(side**2 * inputs * outputs * kernel**2 for side, inputs, outputs, kernel in layers)
+    assert counted["policy"] == {"macs": macs, "gbitops": macs * 64 / 1e9}
+
+
+def test_table_names_every_layer_and_the_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["--config", str(VOC_CONFIG)])
+    captured = capsys.readouterr()
+    rows = [line.split() for line in captured.out.splitlines() if line]
+    groups = {row[0]: row[1] for row in rows if row[0] in ("stem", "depthwise", "pointwise", "extras", "heads")}
+    assert groups == {
+        "stem": "19,440,000",
+        "depthwise": "31,722,048",
+        "pointwise": "1,004,044,288",
+        "extras": "61,898,752",
+        "heads": "409,881,600",
+    }
+    assert sum("." in row[0] for row in rows if row[0][0].isalpha()) == 1 + 26 + 8 + 12
+    # 150 x 150 outputs of 32 inputs by 64: 46.08 million, times 12, 16 and 20
+    first_pointwise = next(row for row in rows if row[0] == "backbone.blocks.0.pointwise")
+    assert first_pointwise[1:] == ["46,080,000", "2,176", "w3a4", "w4a4", "w5a4", "0.5530", "0.7373", "0.9216"]
+    assert ["all", "pointwise", "w5a4", "50.5781"] in rows
+    assert "data/VOCdevkit/VOC2007" in captured.err
+
+
+def test_settings_can_be_overridden(capsys: pytest.CaptureFixture) -> None:
+    main(["--config", str(VOC_CONFIG), "--json", "--bits.choices", "[[8, 8]]", "--bits.extras", "[8, 8]"])
+    gbitops = json.loads(capsys.readouterr().out)["gbitops"]
+    assert gbitops["uniform"] == {"w8a8": gbitops["all_8_8"]}
+
+
+def test_classes_come_from_the_roots_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert class_names_of([voc_tree(tmp_path / "cells", "red\nwhite\n")]) == ("red", "white")
+    assert class_names_of([voc_tree(tmp_path / "VOC2007")]) == VOC_CLASSES
+    assert capsys.readouterr().err == ""
+    assert class_names_of([str(tmp_path / "gone"), str(tmp_path / "cells")]) == ("red", "white")
+    assert f"no such folder: {tmp_path}/gone;" in capsys.readouterr().err
+
+
+def test_wrong_config_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--config", str(tmp_path / "none.yaml")])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/none.yaml: No such file or directory\n"

@@ -1,0 +1,235 @@
+"""The four stages end to end on a tiny data set: what they leave behind, and that they continue and refuse rightly."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import instaqnas.training.stages as stages
+from instaqnas.config import from_plain, parse_command
+from instaqnas.errors import InputError, TrainingError
+from instaqnas.training.checkpoint import load_checkpoint, save_checkpoint
+
+STAGES = ("pretrain_fp32", "pretrain_quant", "search", "finetune")
+BITS = ("fp32", "uniform:w2a2", "uniform:w3a3", "uniform:w4a4", "random", "policy")
+ROW_KEYS = {
+    "bits", "map_11pt", "map_all_point", "coco_ap", "gbitops_detector", "gbitops_policy", "gbitops_total",
+    "distinct_configs", "images",
+}  # fmt: skip
+
+
+def read_report(run: Path) -> dict:
+    return json.loads((run / "eval" / "report.json").read_text())
+
+
+def read_images(run: Path) -> list[dict[str, str]]:
+    with (run / "eval" / "per_image.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def copy_stages(run: Path, to: Path, *names: str) -> Path:
+    for name in names:
+        shutil.copytree(run / name, to / name)
+    return to
+
+
+def test_every_stage_leaves_a_finished_checkpoint_and_its_config(finished_run: Path) -> None:
+    for stage, epochs in zip(STAGES, (2, 2, 2, 1), strict=True):
+        state = load_checkpoint(finished_run / stage / "last.pt")
+        assert (state["stage"], state["epoch"]) == (stage, epochs)
+        record = yaml.safe_load((finished_run / stage / "config.yaml").read_text())
+        assert from_plain(record["config"]).detector.image_size == 64
+        assert record["versions"]["torch"] == str(torch.__version__)
+        lines = [json.loads(line) for line in (finished_run / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
+        assert all(math.isfinite(line["train/loss"]) for line in lines)
+
+
+def test_best_checkpoint_is_the_epoch_with_the_highest_val_map(finished_run: Path) -> None:
+    lines = (finished_run / "pretrain_fp32" / "metrics.jsonl").read_text().splitlines()
+    maps = [json.loads(line)["eval/map"] for line in lines]
+    best = load_checkpoint(finished_run / "pretrain_fp32" / "best.pt")
+    assert best["epoch"] == maps.index(max(maps)) + 1
+
+
+def test_report_has_a_row_for_every_way_to_choose_bits(finished_run: Path) -> None:
+    report = read_report(finished_run)
+    assert tuple(row["bits"] for row in report["rows"]) == BITS
+    assert set(report) == {"rows", "config", "versions", "seed"}
+    for row in report["rows"]:
+        assert set(row) >= ROW_KEYS
+        assert row["images"] == 6
+        assert row["gbitops_total"] == row["gbitops_detector"] + row["gbitops_policy"]
+        assert (row["gbitops_policy"] > 0) == (row["bits"] == "policy")
+    assert (finished_run / "eval" / "pareto.png").stat().st_size > 1000
+
+
+def test_costs_and_configurations_of_the_report_follow_from_the_table_of_images(finished_run: Path) -> None:
+    rows, images = {row["bits"]: row for row in read_report(finished_run)["rows"]}, read_images(finished_run)
+    assert Counter(image["bits"] for image in images) == dict.fromkeys(BITS, 6)
+    uniform = {bits: rows[bits]["gbitops_detector"] for bits in BITS if bits.startswith("uniform")}
+    assert uniform["uniform:w2a2"] < uniform["uniform:w3a3"] < uniform["uniform:w4a4"]
+    for bits in BITS[1:]:
+        own = [image for image in images if image["bits"] == bits]
+        configs = {tuple(image[f"position_{position:02d}"] for position in range(13)) for image in own}
+        assert rows[bits]["distinct_configs"] == len(configs)
+        mean = sum(float(image["gbitops"]) for image in own) / len(own)
+        assert rows[bits]["gbitops_detector"] == pytest.approx(mean, abs=1e-6)
+        if bits.startswith("uniform"):
+            assert configs == {(bits.removeprefix("uniform:"),) * 13}
+    assert uniform["uniform:w2a2"] < rows["random"]["gbitops_detector"] < uniform["uniform:w4a4"]
+
+
+def test_tensorboard_shows_losses_rewards_choices_and_pictures(finished_run: Path) -> None:
+    events = EventAccumulator(str(finished_run / "search" / "tensorboard")).Reload().Tags()
+    wanted = {"reward/sampled", "reward/greedy", "policy/entropy", "cost/gbitops_greedy", "eval/map", "train/loss"}
+    assert wanted <= set(events["scalars"])
+    assert {f"bits/position_{position:02d}" for position in range(13)} <= set(events["histograms"])
+    assert {"detections/0", "detections/3"} <= set(events["images"])
+
+
+def test_search_changes_the_policy_and_finetuning_does_not(finished_run: Path, make_command) -> None:
+    fresh = stages.Experiment(make_command("search", finished_run).config).policy().state_dict()
+    searched = load_checkpoint(finished_run / "search" / "last.pt")["networks"]["policy"]
+    best = load_checkpoint(stages.best_checkpoint(finished_run, "search"))["networks"]["policy"]
+    finetuned = load_checkpoint(finished_run / "finetune" / "last.pt")["networks"]["policy"]
+    assert not torch.equal(fresh["head.weight"], searched["head.weight"])
+    assert all(torch.equal(best[name], value) for name, value in finetuned.items())
+
+
+def test_same_seed_gives_the_same_weights(finished_run: Path, make_command, tmp_path: Path) -> None:
+    stages.run_pretrain(make_command("pretrain", tmp_path / "again"))
+    for stage in ("pretrain_fp32", "pretrain_quant"):
+        first = load_checkpoint(finished_run / stage / "last.pt")["networks"]["detector"]
+        second = load_checkpoint(tmp_path / "again" / stage / "last.pt")["networks"]["detector"]
+        assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_interrupted_search_continues_to_the_weights_of_an_uninterrupted_one(
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "pretrain_quant")
+    epochs = []
+
+    def interrupted(*args, **kwargs):
+        epochs.append(1)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    train = stages.train_detector_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train_detector_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stages.run_search(make_command("search", run))
+    assert load_checkpoint(run / "search" / "last.pt")["epoch"] == 1
+    stages.run_search(make_command("search", run))
+    whole, continued = (load_checkpoint(r / "search" / "last.pt") for r in (finished_run, run))
+    for name in ("detector", "policy"):
+        for key, value in whole["networks"][name].items():
+            assert torch.equal(continued["networks"][name][key], value), key
+    assert whole["metrics"] == continued["metrics"]
+
+
+def test_finished_stage_is_not_trained_again(finished_run: Path, make_command) -> None:
+    before = (finished_run / "finetune" / "last.pt").read_bytes()
+    stages.run_finetune(make_command("finetune", finished_run))
+    assert (finished_run / "finetune" / "last.pt").read_bytes() == before
+
+
+def test_restart_keeps_the_old_stage_beside_the_new(finished_run: Path, make_command, tmp_path: Path) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "search", "finetune")
+    old = (run / "finetune" / "last.pt").read_bytes()
+    stages.run_finetune(make_command("finetune", run, "--restart", "--finetune.lr=0.001"))
+    assert (run / "finetune.old-1" / "last.pt").read_bytes() == old
+    assert (run / "finetune" / "last.pt").read_bytes() != old
+
+
+def test_another_config_in_the_same_run_is_refused_and_nothing_is_lost(finished_run: Path, make_command) -> None:
+    before = (finished_run / "search" / "last.pt").read_bytes()
+    with pytest.raises(InputError, match=r"search\.policy_lr: 0\.01 -> 0\.5.*--restart"):
+        stages.run_search(make_command("search", finished_run, "--search.policy_lr=0.5"))
+    assert (finished_run / "search" / "last.pt").read_bytes() == before
+
+
+def test_stage_without_its_predecessor_names_what_to_run(make_command, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"pretrain_quant: no checkpoint; run pretrain\.py first"):
+        stages.run_search(make_command("search", tmp_path / "empty"))
+    with pytest.raises(InputError, match=r"finetune: no checkpoint; run finetune\.py first"):
+        stages.run_eval(make_command("eval", tmp_path / "empty"))
+
+
+def test_stage_after_an_unfinished_one_names_what_to_repeat(finished_run: Path, make_command, tmp_path: Path) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "search")
+    with pytest.raises(InputError, match=r"search: at epoch 2 of 5; repeat search\.py"):
+        stages.run_finetune(make_command("finetune", run, "--search.epochs=5"))
+
+
+def test_init_takes_another_checkpoint(finished_run: Path, make_command, tmp_path: Path) -> None:
+    init = str(finished_run / "search" / "last.pt")
+    stages.run_finetune(make_command("finetune", tmp_path / "other", "--init", init))
+    assert load_checkpoint(tmp_path / "other" / "finetune" / "last.pt")["epoch"] == 1
+
+
+def test_checkpoint_of_the_wrong_stage_is_refused(finished_run: Path, make_command, tmp_path: Path) -> None:
+    init = str(finished_run / "pretrain_fp32" / "last.pt")
+    with pytest.raises(InputError, match="of stage pretrain_fp32; needed here: search or finetune"):
+        stages.run_finetune(make_command("finetune", tmp_path / "other", "--init", init))
+
+
+def test_checkpoint_of_other_choices_is_refused(finished_run: Path, make_command, tmp_path: Path) -> None:
+    init = str(finished_run / "pretrain_quant" / "last.pt")
+    command = make_command("search", tmp_path / "other", "--init", init, "--bits.choices=[[2, 2], [8, 8]]")
+    with pytest.raises(InputError, match=r"other settings: bits\.choices"):
+        stages.run_search(command)
+
+
+def test_truncated_checkpoint_is_refused(finished_run: Path, make_command, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes((finished_run / "search" / "last.pt").read_bytes()[:-500])
+    with pytest.raises(InputError, match=r"broken\.pt: not a readable checkpoint"):
+        stages.run_finetune(make_command("finetune", tmp_path / "other", "--init", str(broken)))
+
+
+def test_one_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, {"stage": "search", "weights": torch.ones(1000)})
+    content = bytearray(path.read_bytes())
+    content[content.find(torch.ones(8).numpy().tobytes()) + 100] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged checkpoint"):
+        load_checkpoint(path)
+
+
+def test_infinite_loss_stops_naming_step_and_images_and_keeps_the_checkpoint(
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "search")
+    monkeypatch.setattr(
+        stages.SwitchableSSD, "loss", lambda *_: {"box": torch.tensor(math.inf), "class": torch.ones(())}
+    )
+    with pytest.raises(TrainingError, match=r"step 0: loss is inf; images of the batch: train_00000\d, train_00000\d"):
+        stages.run_finetune(make_command("finetune", run))
+    assert load_checkpoint(run / "search" / "last.pt")["epoch"] == 2
+
+
+def test_single_evaluation_does_not_touch_the_comparison(finished_run: Path, make_command) -> None:
+    before = (finished_run / "eval" / "report.json").read_bytes()
+    stages.run_eval(make_command("eval", finished_run, "--bits", "uniform:w3a3"))
+    assert (finished_run / "eval" / "report.json").read_bytes() == before
+    single = json.loads((finished_run / "eval" / "uniform_w3a3" / "report.json").read_text())["rows"]
+    assert single == [row for row in read_report(finished_run)["rows"] if row["bits"] == "uniform:w3a3"]
+
+
+@pytest.mark.parametrize("name", ["shapes", "bccd", "bccd_small", "voc"])
+def test_shipped_config_is_valid(name: str) -> None:
+    assert parse_command("pretrain", ["--config", f"configs/{name}.yaml"]).run == Path("runs") / name
