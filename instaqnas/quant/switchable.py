@@ -77,7 +77,11 @@ class PerChoiceBatchNorm(nn.Module):
 
     def _batch_moments(self, y: Tensor, factor: Tensor | None, choice: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance [K, C] over the images of each choice, from per-image moments; updates the running ones."""
-        image_var, image_mean = torch.var_mean(y, dim=(2, 3), correction=0)  # [B, C]
+        values = y.flatten(2)
+        pixels = values.shape[2]
+        image_mean = values.sum(2) / pixels  # [B, C]
+        # E[y^2] - E[y]^2: on a CPU a tenth of the time of torch.var_mean, and close enough for what is nearly centred.
+        image_var = (torch.linalg.vecdot(values, values) / pixels - image_mean**2).clamp(min=0)
         if factor is not None:
             image_var, image_mean = image_var * factor[:, None] ** 2, image_mean * factor[:, None]
         member = F.one_hot(choice, len(self.weight)).to(y.dtype)  # [B, K]
@@ -86,10 +90,10 @@ class PerChoiceBatchNorm(nn.Module):
         mean = share @ image_mean
         var = share @ (image_var + (image_mean - mean[choice]) ** 2)  # law of total variance
         with torch.no_grad():
-            pixels = images * y.shape[2] * y.shape[3]
             rate = self.momentum * (images > 0)
+            unbiased = var * (images * pixels) / (images * pixels - 1).clamp(min=1)
             self.running_mean += rate * (mean - self.running_mean)
-            self.running_var += rate * (var * pixels / (pixels - 1).clamp(min=1) - self.running_var)
+            self.running_var += rate * (unbiased - self.running_var)
         return mean, var
 
 

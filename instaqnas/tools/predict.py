@@ -32,7 +32,7 @@ from instaqnas.training.evaluate import detect
 from instaqnas.training.pictures import draw_detections
 from instaqnas.training.report import choice_name
 from instaqnas.training.run_dir import best_checkpoint
-from instaqnas.training.stages import Experiment, _finished, _load_network
+from instaqnas.training.stages import POLICY_STAGES, Experiment, _finished, _load_network
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Predictor:
     def __init__(self, experiment: Experiment, checkpoint: Path, score_threshold: float) -> None:
         self.device = experiment.device
         self.detector, self.policy = experiment.quantized_detector().eval(), experiment.policy().eval()
-        _load_network(experiment, self.detector, "detector", checkpoint)
-        _load_network(experiment, self.policy, "policy", checkpoint)
+        _load_network(experiment, self.detector, "detector", checkpoint, stages=POLICY_STAGES)
+        _load_network(experiment, self.policy, "policy", checkpoint, stages=POLICY_STAGES)
         self.settings = replace(experiment.config.eval, score_threshold=score_threshold)
         self.costs = detector_costs(self.detector)
         self.policy_cost = policy_gbitops(self.policy, self.detector.image_size)

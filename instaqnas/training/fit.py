@@ -71,6 +71,7 @@ def fit(
     steps_per_epoch: int,
     train_epoch: Callable[[int], EpochResult],
     validate: Callable[[], EvalReport] | None,
+    keep_best: bool,
     add_pictures: Callable[[int], None],
     eval_every: int,
     save_every: int,
@@ -80,6 +81,7 @@ def fit(
     Args:
         train_epoch: trains epoch number 0, 1, ... and updates `state`.
         validate: evaluates on the val split; None where there is none.
+        keep_best: keep the checkpoint with the highest mAP on the val split too.
         add_pictures: logs pictures of detections at a step.
         eval_every, save_every: epochs between validations and between checkpoints; the last epoch has both.
     """
@@ -100,7 +102,7 @@ def fit(
         if due and validate is not None:
             report = validate()
             scalars |= {"eval/map": report.map_11pt, "eval/gbitops_total": report.gbitops_total}
-            improved = report.map_11pt > state.best_map
+            improved = keep_best and report.map_11pt > state.best_map
             state.best_map = max(state.best_map, report.map_11pt)
         state.metrics = scalars
         if _is_due(state.epoch, epochs, save_every) or improved:

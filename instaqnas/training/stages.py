@@ -226,7 +226,14 @@ class DetectorTraining:
             on_step=show,
         )
 
-    def fit(self, train_epoch: Callable[[int], EpochResult], choose_bits: ChooseBits, policy_cost: float = 0.0) -> None:
+    def fit(
+        self,
+        train_epoch: Callable[[int], EpochResult],
+        choose_bits: ChooseBits,
+        *,
+        policy_cost: float = 0.0,
+        keep_best: bool = True,
+    ) -> None:
         """Trains to the end; validates and draws under `choose_bits`."""
         val_loader = self.experiment.val_loader()
         shown = self.experiment.picture_batch()
@@ -244,6 +251,7 @@ class DetectorTraining:
             steps_per_epoch=len(self.loader),
             train_epoch=train_epoch,
             validate=None if val_loader is None else validate,
+            keep_best=keep_best,
             add_pictures=add_pictures,
             eval_every=self.settings.eval_every,
             save_every=self.settings.save_every,
@@ -346,7 +354,8 @@ def run_search(command: Command) -> None:
         return EpochResult(scalars, detector_epoch.choices)
 
     policy.eval()
-    training.fit(train_epoch, greedy_by(policy), policy_cost)
+    # The highest mAP would be that of an early, expensive policy: what counts is where the search ends.
+    training.fit(train_epoch, greedy_by(policy), policy_cost=policy_cost, keep_best=False)
 
 
 def run_finetune(command: Command) -> None:
@@ -367,7 +376,7 @@ def run_finetune(command: Command) -> None:
         result = training.epoch(epoch, choose)
         return EpochResult(_prefixed("train", result.losses), result.choices)
 
-    training.fit(train_epoch, choose, policy_gbitops(policy, detector.image_size))
+    training.fit(train_epoch, choose, policy_cost=policy_gbitops(policy, detector.image_size))
 
 
 def run_eval(command: Command) -> None:

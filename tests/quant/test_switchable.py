@@ -79,7 +79,9 @@ def fake_quantize(x: Tensor, bits: int, log_step: Tensor, k: int, zero: Tensor |
         return x
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     step, offset = log_step[k].exp(), 0.0 if zero is None else round_straight_through(zero[k])
-    return (round_straight_through((x / step + offset).clamp(low, high)) - offset) * step
+    level = x / step + offset
+    level = torch.where(level < low, low, torch.where(level > high, high, level))  # the ends count as inside
+    return (round_straight_through(level) - offset) * step
 
 
 def convolve_alone(layer: SwitchableConv2d, p: dict[str, Tensor], image: Tensor, k: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,9 @@ from instaqnas.config import from_plain, to_plain
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.detector.ssd import DetectorBits, detector_layers
 from instaqnas.quant.switchable import calibrate
-from instaqnas.tools.predict import main
+from instaqnas.tools.predict import main, read_upright
+from instaqnas.training.checkpoint import load_checkpoint
+from instaqnas.training.evaluate import detect
 from instaqnas.training.run_dir import RunDir
 from instaqnas.training.stages import DetectorTraining, Experiment
 
@@ -50,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         policy.head.weight.zero_()
         policy.head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(CHOSEN), 2).flatten())
-    run_dir = RunDir(folder / "runs" / "tiny", "finetune", to_plain(config))
+    run_dir = RunDir(folder / "runs" / "tiny", "finetune", to_plain(config), experiment.class_names)
     state = DetectorTraining.begin(experiment, run_dir, detector, config.finetune).state
     state.networks["policy"], state.epoch = policy, config.finetune.epochs
     run_dir.save(state.state_dict(), best=False)
@@ -102,6 +105,27 @@ def test_bits_are_the_policys_and_cost_what_the_layers_cost(predict: Predict, fo
             bitops += layer.macs * (4 * 4 if part in ("reduce", "down") else 8 * 8)
     assert found["gbitops"]["detector"] == pytest.approx(bitops / 1e9, rel=1e-12)
     assert 0 < found["gbitops"]["policy"] < 0.1
+
+
+def test_image_of_the_data_gets_the_detections_of_the_evaluation(predict: Predict, folder: Path) -> None:
+    config = from_plain(yaml.safe_load((folder / "tiny.yaml").read_text()))
+    experiment = Experiment(config)
+    detector = experiment.quantized_detector().eval()
+    detector.load_state_dict(load_checkpoint(folder / "runs" / "tiny" / "finetune" / "last.pt")["networks"]["detector"])
+    batch = next(iter(experiment.test_loader()))
+    expected = detect(detector, batch.images, torch.tensor([CHOSEN]), replace(config.eval, score_threshold=0.1))
+    [found] = predict(folder / "shapes" / "JPEGImages" / f"{batch.image_ids[0]}.jpg", "--score", "0.1")
+    assert expected.scores.shape[1] > 1
+    assert [d["score"] for d in found["detections"]] == pytest.approx(expected.scores[0].tolist(), abs=1e-4)
+    boxes = [value for d in found["detections"] for value in d["box_xyxy"]]
+    assert boxes == pytest.approx(expected.boxes_xyxy[0].flatten().tolist(), abs=0.01)
+
+
+def test_colours_are_red_green_blue(predict: Predict, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10), (200, 100, 0)).save(tmp_path / "a.png")
+    assert read_upright(tmp_path / "a.png")[:, 0, 0].tolist() == [200, 100, 0]
+    predict(tmp_path / "a.png", "--score", "1", "--out", tmp_path)
+    assert Image.open(tmp_path / "a_detections.png").getpixel((5, 5)) == (200, 100, 0)
 
 
 def test_detections_name_classes_and_come_best_first(predict: Predict, tmp_path: Path) -> None:
