@@ -190,7 +190,10 @@ def main(arguments: list[str] | None = None) -> None:
             if "=" not in word:  # what follows it has been taken for an image
                 raise InputError(f"unknown option {word}; settings are overridden with an equals sign: {word}=VALUE")
         words = [word for option, value in named if value is not None for word in (option, value)]
-        run_predict(parse_command("eval", [*words, *overrides]), options.images, options.score, options.out)
+        command = parse_command("eval", [*words, *overrides])
+        if command.bits != "policy":
+            raise InputError(f"--bits {command.bits}: here the policy chooses the bits; eval.py compares other ways")
+        run_predict(command, options.images, options.score, options.out)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,14 @@ from instaqnas.config import differences
 from instaqnas.errors import InputError
 from instaqnas.training.checkpoint import load_checkpoint, save_checkpoint
 
-STAGES = ("pretrain_fp32", "pretrain_quant", "search", "finetune")
-SHARED_SECTIONS = ("data", "detector", "bits", "policy", "reward", "seed")
+# The sections of the config that the result of a stage depends on, beside its own.
+DECISIVE_SECTIONS = {
+    "pretrain_fp32": ("seed", "data", "detector"),
+    "pretrain_quant": ("seed", "data", "detector", "bits"),
+    "search": ("seed", "data", "detector", "bits", "policy", "reward"),
+    "finetune": ("seed", "data", "detector", "bits", "policy"),
+}
+HARMLESS_DATA_KEYS = ("workers", "test_roots", "test_split")
 
 
 def versions() -> dict[str, str]:
@@ -130,8 +136,6 @@ class RunDir:
 
 
 def _decisive(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The part of a config that a stage's result depends on."""
-    kept = {section: config[section] for section in (*SHARED_SECTIONS, stage) if section in config}
-    harmless = ("workers", "test_roots", "test_split")
-    kept["data"] = {key: value for key, value in config["data"].items() if key not in harmless}
+    kept = {section: config[section] for section in (*DECISIVE_SECTIONS[stage], stage)}
+    kept["data"] = {key: value for key, value in config["data"].items() if key not in HARMLESS_DATA_KEYS}
     return kept

@@ -221,6 +221,7 @@ def test_two_images_of_one_name_are_not_drawn_over_each_other(
         (["a.png", "--score", "nan"], "--score: expected a number from 0 to 1"),
         (["a.png", "--device", "cpu"], "unknown option --device; settings are overridden with an equals sign"),
         (["a.png", "--devise=cpu"], "unknown option --devise"),
+        (["a.png", "--bits=fp32"], "--bits fp32: here the policy chooses the bits"),
     ],
 )
 def test_wrong_options_are_refused(
