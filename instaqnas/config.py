@@ -78,7 +78,6 @@ class BitsConfig:
         depthwise: fixed bits of the depthwise convolutions.
         extras: fixed bits of the extra feature layers.
         heads: fixed bits of the box and class heads.
-        calibration_images: training images from which the first activation step sizes are taken.
     """
 
     choices: list[BitChoice] = field(default_factory=lambda: [(3, 4), (4, 4), (5, 4)])
@@ -86,7 +85,6 @@ class BitsConfig:
     depthwise: BitChoice = (8, 8)
     extras: BitChoice = (4, 4)
     heads: BitChoice = (8, 8)
-    calibration_images: int = 64
 
 
 @dataclass(frozen=True)
@@ -265,8 +263,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("test_roots", all, "folders"),
     ("train_split test_split", len, "the name of a split"),
     (
-        "epochs batch_size policy_batch_size eval_every save_every calibration_images pool candidates_per_class "
-        "max_detections",
+        "epochs batch_size policy_batch_size eval_every save_every pool candidates_per_class max_detections",
         lambda v: v >= 1,
         "at least 1",
     ),

@@ -31,16 +31,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def joined_rows(reports: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of all reports; those of several runs carry the run's name, but full precision, which is a line."""
+    """The rows of all reports; those of several runs carry the run's name as their label."""
     if len(reports) == 1:
         return read_rows(reports[0])
-    joined: list[dict[str, Any]] = []
-    for path in reports:
-        for row in read_rows(path):
-            named = row if row["bits"] == "fp32" else {**row, "bits": f"{run_name(path)}: {row['bits']}"}
-            if named not in joined:  # runs that share their pretraining share these rows
-                joined.append(named)
-    return joined
+    return [{**row, "label": f"{run_name(path)}: {row['bits']}"} for path in reports for row in read_rows(path)]
 
 
 def run_name(report: Path) -> str:

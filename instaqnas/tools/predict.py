@@ -28,11 +28,12 @@ from instaqnas.detector.ssd import detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.bit_config import greedy_by
 from instaqnas.policy.network import policy_gbitops
+from instaqnas.training.checkpoint import load_checkpoint
 from instaqnas.training.evaluate import detect
 from instaqnas.training.pictures import draw_detections
 from instaqnas.training.report import choice_name
 from instaqnas.training.run_dir import best_checkpoint
-from instaqnas.training.stages import POLICY_STAGES, Experiment, _finished, _load_network
+from instaqnas.training.stages import POLICY_STAGES, Experiment, finished_checkpoint, load_network
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Predictor:
     def __init__(self, experiment: Experiment, checkpoint: Path, score_threshold: float) -> None:
         self.device = experiment.device
         self.detector, self.policy = experiment.quantized_detector().eval(), experiment.policy().eval()
-        _load_network(experiment, self.detector, "detector", checkpoint, stages=POLICY_STAGES)
-        _load_network(experiment, self.policy, "policy", checkpoint, stages=POLICY_STAGES)
+        load_network(experiment, self.detector, "detector", checkpoint, stages=POLICY_STAGES)
+        load_network(experiment, self.policy, "policy", checkpoint, stages=POLICY_STAGES)
         self.settings = replace(experiment.config.eval, score_threshold=score_threshold)
         self.costs = detector_costs(self.detector)
         self.policy_cost = policy_gbitops(self.policy, self.detector.image_size)
@@ -130,8 +131,9 @@ def run_predict(command: Command, images: Sequence[Path], score_threshold: float
     if not 0 <= score_threshold <= 1:
         raise InputError(f"--score: expected a number from 0 to 1, got {score_threshold}")
     pictures = [None] * len(images) if out is None else _picture_paths(images, out)
-    experiment = Experiment(command.config)
-    predictor = Predictor(experiment, command.init or _latest(command), score_threshold)
+    checkpoint = command.init or _latest(command)
+    experiment = Experiment(command.config, load_checkpoint(checkpoint)["classes"])
+    predictor = Predictor(experiment, checkpoint, score_threshold)
     for path, picture in zip(images, pictures, strict=True):
         image = read_upright(path)
         found = predictor.predict(image)
@@ -145,8 +147,8 @@ def _latest(command: Command) -> Path:
     """The checkpoint of the finetuning, of the search if that has not begun."""
     config = command.config
     if best_checkpoint(command.run, "finetune").exists():
-        return _finished(command.run, "finetune", config.finetune, "finetune.py")
-    return _finished(command.run, "search", config.search, "search.py")
+        return finished_checkpoint(command.run, "finetune", config.finetune, "finetune.py")
+    return finished_checkpoint(command.run, "search", config.search, "search.py")
 
 
 def _picture_paths(images: Sequence[Path], out: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from instaqnas.config import Config, parse_command, to_plain
+from instaqnas.config import Config, parse_command
 from instaqnas.data.voc import VOC_CLASSES, read_class_names
 from instaqnas.detector.ssd import POSITIONS, DetectorBits, detector_layers
 from instaqnas.errors import exit_on_input_error
@@ -60,17 +60,9 @@ class Profile:
         }
 
 
-class _WithoutData(Experiment):
-    """Builds the networks of a config on the CPU, though its data and its device may not be there."""
-
-    def __init__(self, config: Config, class_names: tuple[str, ...]) -> None:
-        self.config, self.plain, self.class_names = config, to_plain(config), class_names
-        self.device = torch.device("cpu")
-
-
 def profile(config: Config, class_names: tuple[str, ...]) -> Profile:
     """The costs of the detector and the policy that `config` describes, for these classes (without background)."""
-    experiment = _WithoutData(config, class_names)
+    experiment = Experiment(replace(config, device="cpu"), class_names)
     full = detector_layers(experiment.detector(DetectorBits.full_precision()))
     detector = experiment.quantized_detector()
     quantized = detector_layers(detector)

@@ -80,18 +80,26 @@ def _write_per_image(path: Path, rows: Sequence[ReportRow]) -> None:
 
 
 def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A plot of mAP (11 points) against total GBitOps; full precision is a line, its cost is far off."""
+    """A plot of mAP (11 points) against total GBitOps of rows of report.json, which may have a `label` for the legend.
+
+    Full precision is a line: its cost is far off.
+    """
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     for row in rows:
+        label = row.get("label", row["bits"])
         if row["bits"] == "fp32":
-            label = f"fp32 ({row['gbitops_total']:.3g} GBitOps)"
-            axes.axhline(100 * row["map_11pt"], color="grey", linestyle="--", label=label)
+            axes.axhline(
+                100 * row["map_11pt"],
+                color="grey",
+                linestyle="--",
+                label=f"{label}, {row['gbitops_total']:.3g} GBitOps",
+            )
             continue
         marker = {"policy": "*", "random": "D"}.get(row["bits"], "o")
-        axes.plot(row["gbitops_total"], 100 * row["map_11pt"], marker, markersize=9, label=row["bits"])
+        axes.plot(row["gbitops_total"], 100 * row["map_11pt"], marker, markersize=9, label=label)
     axes.set(xlabel="GBitOps per image, policy included", ylabel="mAP at IoU 0.5, 11 points (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

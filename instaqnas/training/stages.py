@@ -39,6 +39,7 @@ from instaqnas.training.report import ReportRow, choice_name, format_table, writ
 from instaqnas.training.run_dir import RunDir, best_checkpoint
 
 log = logging.getLogger(__name__)
+CALIBRATION_IMAGES = 64
 PICTURES = 4
 PICTURE_SCORE = 0.3
 FULL_PRECISION_STAGES = ("pretrain_fp32",)
@@ -50,16 +51,20 @@ LOG_EVERY = 10  # steps between TensorBoard scalars of the training loss
 class Experiment:
     """Builds the parts that a config describes.
 
+    Args:
+        config: the whole config.
+        class_names: without background; None reads them from the data.
+
     Raises: InputError if the data or the device is not there.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, class_names: Sequence[str] | None = None) -> None:
         self.config, self.plain = config, to_plain(config)
         if config.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device: cuda is not available on this machine; known: auto, cpu")
         name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
-        self.class_names = read_class_names(config.data.roots)
+        self.class_names = read_class_names(config.data.roots) if class_names is None else tuple(class_names)
 
     def detector(self, bits: DetectorBits) -> SwitchableSSD:
         """A detector on the device; first weights from the seed."""
@@ -124,7 +129,7 @@ class Experiment:
             self.config.data.roots, self.config.data.train_split, self._eval_transform, "calibration"
         )
         order = torch.randperm(len(dataset), generator=generator(self.config.seed, "calibration"))
-        return _batch(dataset, order[: self.config.bits.calibration_images].tolist()).images.to(self.device)
+        return _batch(dataset, order[:CALIBRATION_IMAGES].tolist()).images.to(self.device)
 
     def picture_batch(self) -> Batch:
         """A few images to look at: the first of the val split, or of the train split where there is none."""
@@ -264,7 +269,7 @@ def run_pretrain(command: Command) -> None:
     source = command.init
     if source is None:
         _pretrain_fp32(experiment, command)
-        source = _finished(command.run, "pretrain_fp32", command.config.pretrain_fp32, "pretrain.py")
+        source = finished_checkpoint(command.run, "pretrain_fp32", command.config.pretrain_fp32, "pretrain.py")
     _pretrain_quant(experiment, command, source)
 
 
@@ -286,7 +291,7 @@ def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> N
     detector = experiment.quantized_detector()
     if not run_dir.last.exists():
         full = experiment.detector(DetectorBits.full_precision())
-        _load_network(experiment, full, "detector", source, stages=FULL_PRECISION_STAGES)
+        load_network(experiment, full, "detector", source, stages=FULL_PRECISION_STAGES)
         copy_weights(full, detector)
         images = experiment.calibration_images()
         choices = experiment.choose_random("calibration")(images)
@@ -307,8 +312,10 @@ def run_search(command: Command) -> None:
     run_dir = RunDir(command.run, "search", experiment.plain, experiment.class_names, restart=command.restart)
     detector, policy = experiment.quantized_detector(), experiment.policy()
     if not run_dir.last.exists():
-        source = command.init or _finished(command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py")
-        _load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
+        source = command.init or finished_checkpoint(
+            command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py"
+        )
+        load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
         images = experiment.calibration_images()
         calibrate(policy, lambda: policy(images))
     training = DetectorTraining.begin(experiment, run_dir, detector, settings)
@@ -364,9 +371,9 @@ def run_finetune(command: Command) -> None:
     run_dir = RunDir(command.run, "finetune", experiment.plain, experiment.class_names, restart=command.restart)
     detector, policy = experiment.quantized_detector(), experiment.policy()
     if not run_dir.last.exists():
-        source = command.init or _finished(command.run, "search", config.search, "search.py")
-        _load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
-        _load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
+        source = command.init or finished_checkpoint(command.run, "search", config.search, "search.py")
+        load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
+        load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
     policy.eval().requires_grad_(False)  # noqa: FBT003
     training = DetectorTraining.begin(experiment, run_dir, detector, config.finetune)
     training.state.networks["policy"] = policy
@@ -403,25 +410,27 @@ def _evaluate_row(experiment: Experiment, command: Command, name: str, loader: D
     """One row of the comparison; baselines run on the detector that was trained for random configurations."""
     config = command.config
     if name == "fp32":
-        source = command.init or _finished(command.run, "pretrain_fp32", config.pretrain_fp32, "pretrain.py")
+        source = command.init or finished_checkpoint(command.run, "pretrain_fp32", config.pretrain_fp32, "pretrain.py")
         detector = experiment.detector(DetectorBits.full_precision())
-        _load_network(experiment, detector, "detector", source, stages=FULL_PRECISION_STAGES)
+        load_network(experiment, detector, "detector", source, stages=FULL_PRECISION_STAGES)
         report = experiment.evaluate(detector, loader, experiment.choose_fixed())
         return ReportRow(name, source, detector.choices, report)
     detector = experiment.quantized_detector()
     if name == "policy":
-        source = command.init or _finished(command.run, "finetune", config.finetune, "finetune.py")
+        source = command.init or finished_checkpoint(command.run, "finetune", config.finetune, "finetune.py")
         policy = experiment.policy()
-        _load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
+        load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
         policy.eval()
         choose, policy_cost = greedy_by(policy), policy_gbitops(policy, detector.image_size)
     else:
-        source = command.init or _finished(command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py")
+        source = command.init or finished_checkpoint(
+            command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py"
+        )
         choose, policy_cost = experiment.choose_random("eval"), 0.0
         if name != "random":
             choice = [choice_name(c) for c in config.bits.choices].index(name.removeprefix("uniform:"))
             choose = experiment.choose_fixed(choice)
-    _load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
+    load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
     return ReportRow(name, source, detector.choices, experiment.evaluate(detector, loader, choose, policy_cost))
 
 
@@ -431,7 +440,7 @@ def _start(command: Command) -> Experiment:
     return Experiment(command.config)
 
 
-def _finished(run: Path, stage: str, settings: TrainConfig, script: str) -> Path:
+def finished_checkpoint(run: Path, stage: str, settings: TrainConfig, script: str) -> Path:
     """The checkpoint of a stage that has run to its end.
 
     Raises: InputError if it has not begun or not ended.
@@ -445,7 +454,7 @@ def _finished(run: Path, stage: str, settings: TrainConfig, script: str) -> Path
     return path
 
 
-def _load_network(
+def load_network(
     experiment: Experiment,
     network: nn.Module,
     name: str,

@@ -43,15 +43,7 @@ def test_rows_of_several_reports_carry_the_name_of_their_run(tmp_path: Path) -> 
         write_report(tmp_path / "B" / "eval" / "uniform_w3a4" / "report.json", ("uniform:w3a4", 0.5, 4.0)),
         write_report(tmp_path / "elsewhere" / "report.json", ("random", 0.4, 4.5)),
     ]
-    assert [row["bits"] for row in joined_rows(reports)] == ["A: policy", "B: uniform:w3a4", "elsewhere: random"]
-
-
-def test_equal_full_precision_rows_are_drawn_once(tmp_path: Path) -> None:
-    reports = [
-        write_report(tmp_path / name / "eval" / "report.json", ("fp32", 0.7, 90.0), ("policy", m, 5.0))
-        for name, m in (("A", 0.6), ("B", 0.61))
-    ]
-    assert [row["bits"] for row in joined_rows(reports)] == ["fp32", "A: policy", "B: policy"]
+    assert [row["label"] for row in joined_rows(reports)] == ["A: policy", "B: uniform:w3a4", "elsewhere: random"]
 
 
 def test_plot_is_written_into_a_new_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "data": {"roots": [str(folder / "shapes")], "workers": 0},
         "detector": {"image_size": 64, "width": 0.25},
-        "bits": {**BITS, "calibration_images": 2},
+        "bits": BITS,
         "policy": {"pool": 4, "width": 4},
         "device": "cpu",
     }

@@ -14,7 +14,7 @@ from instaqnas.training.stages import run_eval, run_finetune, run_pretrain, run_
 CONFIG = """
 data: {{roots: [{root}], val_split: val, vertical_flip: true, workers: 0}}
 detector: {{image_size: 64, width: 0.125, extras_batch_norm: true}}
-bits: {{choices: [[2, 2], [3, 3], [4, 4]], calibration_images: 4}}
+bits: {{choices: [[2, 2], [3, 3], [4, 4]]}}
 policy: {{pool: 4, width: 4}}
 reward: {{name: ratio, score_threshold: 0.05}}
 pretrain_fp32: {{epochs: 2, batch_size: 4, lr: 0.002, eval_every: 1}}
