@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instaqnas.quant.switchable import SwitchableConv2d, calibrate, per_image_conv2d
+from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate, per_image_conv2d
 
 MIXED = [(2, 3), (4, 4), (8, 8)]
 WITH_OFF = [(3, 4), (32, 32), (32, 4), (5, 32)]
@@ -206,6 +206,23 @@ def test_running_variance_is_the_unbiased_one_by_hand() -> None:
     # choice 0: 1, 3, 5, 7 have mean 4 and variance 20 / 3; choice 1: mean 100, variance 0; momentum 0.1 from 0 and 1
     assert layer.norm.running_mean.flatten().tolist() == pytest.approx([0.4, 10.0])
     assert layer.norm.running_var.flatten().tolist() == pytest.approx([0.9 + 2 / 3, 0.9])
+
+
+def test_float32_statistics_hold_for_channels_far_off_centre() -> None:
+    norm = PerChoiceBatchNorm(3, 2).train()
+    y = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(0)) + 30  # mean of 30 standard deviations
+    expected = F.batch_norm(y.double(), None, None, training=True).float()
+    torch.testing.assert_close(norm(y, None, torch.zeros(6, dtype=torch.int64)), expected, rtol=0, atol=2e-3)
+
+
+def test_a_constant_channel_becomes_its_bias() -> None:
+    norm = PerChoiceBatchNorm(2, 2).train()
+    nn.init.constant_(norm.bias, 0.7)
+    y = torch.zeros(3, 2, 5, 5, requires_grad=True)
+    normalised = norm(y, torch.full((3,), 0.01), torch.tensor([0, 1, 0]))
+    torch.testing.assert_close(normalised, torch.full_like(y, 0.7))
+    normalised.square().sum().backward()
+    assert y.grad.isfinite().all()
 
 
 # --- Full precision ---------------------------------------------------------------------------------------------------

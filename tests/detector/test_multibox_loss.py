@@ -1,0 +1,83 @@
+"""The SSD loss against a naive loop and hand-worked cases."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from instaqnas.detector.multibox_loss import hard_negatives, multibox_loss
+
+
+def naive_loss(offsets: list, logits: list, targets: list, labels: list) -> tuple[float, float]:
+    box, classes, positives = 0.0, 0.0, 0
+    for image in range(len(labels)):
+        losses = []
+        for p, label in enumerate(labels[image]):
+            log_sum = math.log(sum(math.exp(v) for v in logits[image][p]))
+            losses.append(log_sum - logits[image][p][label])
+        own = [p for p, label in enumerate(labels[image]) if label > 0]
+        others = sorted((p for p in range(len(losses)) if p not in own), key=lambda p: -losses[p])
+        classes += sum(losses[p] for p in own) + sum(losses[p] for p in others[: 3 * len(own)])
+        for p in own:
+            for got, want in zip(offsets[image][p], targets[image][p], strict=True):
+                d = abs(got - want)
+                box += 0.5 * d * d if d < 1 else d - 0.5
+        positives += len(own)
+    return box / max(1, positives), classes / max(1, positives)
+
+
+def random_case() -> tuple[torch.Tensor, ...]:
+    random = torch.Generator().manual_seed(0)
+    offsets, targets = (torch.randn(4, 30, 4, dtype=torch.float64, generator=random) for _ in range(2))
+    logits = 2 * torch.randn(4, 30, 5, dtype=torch.float64, generator=random)
+    labels = torch.randint(1, 5, (4, 30), generator=random) * (torch.rand(4, 30, generator=random) < 0.1)
+    labels[1] = 0
+    labels[2, :12] = 1  # more positives than a quarter: fewer than 3:1 negatives are left
+    return offsets, logits, targets, labels
+
+
+def test_loss_equals_a_naive_loop() -> None:
+    case = random_case()
+    losses = multibox_loss(*case)
+    box, classes = naive_loss(*(tensor.tolist() for tensor in case))
+    torch.testing.assert_close(losses["box"].item(), box, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["class"].item(), classes, rtol=1e-5, atol=0)
+
+
+def test_one_object_by_hand() -> None:
+    """One positive and, of five negatives with different logits, the three hardest."""
+    logits = torch.zeros(1, 6, 2)
+    logits[0, :, 1] = torch.tensor([0.0, 5.0, 4.0, 3.0, -9.0, -9.0])
+    offsets, targets = torch.zeros(1, 6, 4), torch.zeros(1, 6, 4)
+    targets[0, 0] = torch.tensor([0.5, 2.0, 0.0, 0.0])
+    losses = multibox_loss(offsets, logits, targets, torch.tensor([[1, 0, 0, 0, 0, 0]]))
+    assert math.isclose(losses["box"].item(), 0.125 + 1.5, rel_tol=1e-6)
+    expected = math.log(2) + sum(math.log(1 + math.exp(v)) for v in (5, 4, 3))
+    assert math.isclose(losses["class"].item(), expected, rel_tol=1e-6)
+
+
+def test_hard_negatives_are_counted_per_image() -> None:
+    positive = torch.tensor([[True, False, False, False, False], [False] * 5])
+    chosen = hard_negatives(torch.tensor([[9.0, 1, 4, 2, 3], [9, 9, 9, 9, 9]]), positive)
+    assert chosen.tolist() == [[False, False, True, True, True], [False] * 5]
+
+
+def test_images_without_objects_contribute_nothing() -> None:
+    logits, offsets = torch.randn(2, 8, 3), torch.randn(2, 8, 4)
+    losses = multibox_loss(offsets, logits, offsets, torch.zeros(2, 8, dtype=torch.int64))
+    assert losses["box"].item() == losses["class"].item() == 0
+
+
+def test_infinite_targets_of_the_background_reach_neither_loss_nor_gradient() -> None:
+    offsets = torch.randn(1, 8, 4, requires_grad=True)
+    logits = torch.randn(1, 8, 3, requires_grad=True)
+    targets = torch.full((1, 8, 4), -math.inf)
+    targets[0, 2] = 0.0
+    labels = torch.zeros(1, 8, dtype=torch.int64)
+    labels[0, 2] = 1
+    losses = multibox_loss(offsets, logits, targets, labels)
+    (losses["box"] + losses["class"]).backward()
+    assert losses["box"].isfinite()
+    assert offsets.grad.isfinite().all()
+    assert logits.grad.isfinite().all()

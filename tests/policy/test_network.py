@@ -1,0 +1,95 @@
+"""The policy network: what it takes, what it returns, what its images share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from instaqnas.policy.network import PolicyNet, policy_gbitops, policy_layers
+from instaqnas.quant.switchable import SwitchableConv2d, calibrate
+
+
+def build(*, pool: int = 2, width: int = 4, bits: tuple[int, int] = (8, 8), seed: int = 0) -> PolicyNet:
+    torch.manual_seed(seed)
+    policy = PolicyNet(13, 3, pool=pool, width=width, bits=bits)
+    images = random_images(6)
+    calibrate(policy, lambda: policy(images))
+    return policy
+
+
+def random_images(count: int, size: int = 64, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+@pytest.mark.parametrize("size", [64, 75, 112])
+@pytest.mark.parametrize("pool", [1, 2, 8])
+def test_logits_have_one_row_per_position(size: int, pool: int) -> None:
+    assert build(pool=pool)(random_images(2, size)).shape == (2, 13, 3)
+
+
+@pytest.mark.parametrize("bits", [(32, 32), (8, 8), (4, 4)])
+def test_a_new_policy_is_almost_uniform(bits: tuple[int, int]) -> None:
+    probabilities = build(width=16, bits=bits)(random_images(4)).softmax(-1)
+    assert ((probabilities - 1 / 3).abs() < 0.05).all()
+
+
+def test_in_evaluation_an_image_does_not_depend_on_the_rest_of_its_batch() -> None:
+    policy = build().eval()
+    images = random_images(5, seed=3)
+    with torch.no_grad():
+        together = policy(images)
+        for part in ([0], [4, 2]):
+            torch.testing.assert_close(policy(images[part]), together[part], rtol=1e-4, atol=1e-5)
+
+
+def test_uint8_and_float_images_agree() -> None:
+    policy, images = build().eval(), random_images(3)
+    assert torch.equal(policy(images), policy(images.float()))
+
+
+def test_grey_of_127_is_the_zero_of_the_network() -> None:
+    policy = build(bits=(32, 32)).eval()
+    seen = []
+    policy.stem.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
+    policy(torch.full((1, 3, 64, 64), 127, dtype=torch.uint8))
+    policy(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))
+    assert torch.equal(seen[0], torch.zeros(1, 3, 32, 32))
+    assert torch.equal(seen[1], torch.ones(1, 3, 32, 32))
+
+
+def test_every_pooled_pixel_reaches_the_logits() -> None:
+    policy = build(pool=2, bits=(32, 32)).eval()
+    images = random_images(1, 70).float().requires_grad_()
+    policy(images).square().sum().backward()
+    assert (images.grad[0].abs().sum(0) > 0).float().mean() > 0.99
+    assert images.grad[..., -1].abs().sum() > 0
+    assert images.grad[..., -1, :].abs().sum() > 0
+
+
+@pytest.mark.parametrize("bits", [(32, 32), (8, 8), (4, 4)])
+def test_every_parameter_gets_a_finite_gradient(bits: tuple[int, int]) -> None:
+    policy = build(bits=bits).train()
+    policy(random_images(4)).square().sum().backward()
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_an_uncalibrated_policy_gives_nan_and_not_numbers() -> None:
+    assert PolicyNet(13, 3, pool=2, width=4, bits=(8, 8))(random_images(2)).isnan().all()
+
+
+def test_all_layers_run_at_the_bits_that_are_counted() -> None:
+    policy = build(bits=(4, 6))
+    layers = policy_layers(policy, 64)
+    convolutions = [m for m in policy.modules() if isinstance(m, SwitchableConv2d)]
+    assert len(layers) == len(convolutions) == 1 + 4 * 2 + 3 + 1
+    assert {m.choices for m in convolutions} == {((4, 6),)}
+    assert policy_gbitops(policy, 64) == pytest.approx(sum(layer.macs for layer in layers) * 24 / 1e9, rel=1e-12)
+
+
+def test_more_pooling_costs_less_and_needs_no_other_parameters() -> None:
+    coarse, fine = build(pool=8), build(pool=2)
+    assert policy_gbitops(coarse, 128) < policy_gbitops(fine, 128) / 8
+    assert [p.shape for p in coarse.parameters()] == [p.shape for p in fine.parameters()]

@@ -1,0 +1,134 @@
+"""REINFORCE: the gradient in closed form, and bandits that only a right gradient solves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from instaqnas.policy.bit_config import entropy, log_prob, mix_uniform, sample
+from instaqnas.policy.reinforce import policy_gradient_loss
+from instaqnas.policy.reward import budget, updated_multiplier
+
+
+def vector(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_loss_by_hand() -> None:
+    loss = policy_gradient_loss(vector(-1.0, -2.0), vector(3.0, -0.5), vector(0.7, 0.9), 0.1)
+    # image 1: 1 * 3 - 0.07, image 2: 2 * -0.5 - 0.09
+    assert loss.item() == pytest.approx((2.93 - 1.09) / 2)
+
+
+def test_no_gradient_flows_through_the_advantage() -> None:
+    advantage = vector(1.0, 2.0).requires_grad_()
+    logits = vector(-1.0, -2.0).requires_grad_()
+    policy_gradient_loss(logits, advantage, vector(0.0, 0.0), 0.0).backward()
+    assert advantage.grad is None
+    torch.testing.assert_close(logits.grad, vector(-0.5, -1.0))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.8])
+def test_gradient_is_the_analytic_one_of_a_categorical(beta: float) -> None:
+    """With softmax p: d(-A log p_a) / dlogit_k = A (p_k - [k = a]), dH / dlogit_k = -p_k (log p_k + H)."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 2, 3, generator=g).double().requires_grad_()
+    choices = torch.randint(3, (4, 2), generator=g)
+    advantage = vector(1.5, -0.3, 0.0, 2.0)
+    p = logits.softmax(-1)
+    policy_gradient_loss(log_prob(p, choices), advantage, entropy(p).sum(-1), beta).backward()
+
+    for image in range(4):
+        for position in range(2):
+            weights = [math.exp(v) for v in logits[image, position].tolist()]
+            row = [w / sum(weights) for w in weights]
+            h = -sum(v * math.log(v) for v in row)
+            chosen = choices[image, position].item()
+            expected = [
+                (advantage[image].item() * (v - (k == chosen)) + beta * v * (math.log(v) + h)) / 4
+                for k, v in enumerate(row)
+            ]
+            assert logits.grad[image, position].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_the_expected_gradient_is_that_of_the_expected_reward() -> None:
+    """Summed over all actions by their probability, with any baseline."""
+    logits = vector(0.2, -0.5, 1.0).requires_grad_()
+    reward = vector(1.0, 3.0, -2.0)
+    (exact,) = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
+    p = logits.softmax(0)[None, None].expand(3, 1, 3)
+    actions = torch.arange(3)[:, None]
+    for baseline in (0.0, 5.0):
+        weighted = (reward - baseline) * p[0, 0].detach() * 3  # the mean over three images becomes the expectation
+        loss = policy_gradient_loss(log_prob(p, actions), weighted, torch.zeros(3).double(), 0.0)
+        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        torch.testing.assert_close(gradient, -exact)
+
+
+def test_self_critical_reinforce_finds_the_best_arm_of_every_context() -> None:
+    g = torch.Generator().manual_seed(0)
+    contexts, positions, arms = 5, 2, 4
+    rewards = torch.rand(contexts, positions, arms, generator=g)  # of a configuration: the sum over positions
+    table = torch.zeros(contexts, positions, arms, requires_grad=True)
+    descent = torch.optim.Adam([table], lr=0.1)
+
+    def reward_of(context: Tensor, choices: Tensor) -> Tensor:
+        return rewards[context].gather(-1, choices[..., None]).squeeze(-1).sum(-1)
+
+    for step in range(250):
+        context = torch.randint(contexts, (64,), generator=g)
+        logits = table[context]
+        behaviour = mix_uniform(logits, 0.5 * (1 - step / 250))
+        choices = sample(behaviour, g)
+        advantage = reward_of(context, choices) - reward_of(context, logits.argmax(-1))
+        spread = entropy(logits.softmax(-1)).sum(-1)
+        loss = policy_gradient_loss(log_prob(behaviour, choices), advantage, spread, 0.001)
+        descent.zero_grad()
+        loss.backward()
+        descent.step()
+    assert torch.equal(table.argmax(-1), rewards.argmax(-1))
+
+
+def test_a_large_entropy_bonus_makes_the_policy_uniform() -> None:
+    logits = torch.tensor([[[2.0, -1.0, 0.5]]], requires_grad=True)
+    descent = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(150):
+        p = logits.softmax(-1)
+        loss = policy_gradient_loss(log_prob(p, torch.zeros(1, 1).long()), torch.zeros(1), entropy(p).sum(-1), 1.0)
+        descent.zero_grad()
+        loss.backward()
+        descent.step()
+    torch.testing.assert_close(logits.softmax(-1), torch.full((1, 1, 3), 1 / 3), rtol=0, atol=0.01)
+
+
+def test_reinforce_with_dual_ascent_settles_at_the_target_cost_and_spends_it_where_it_pays() -> None:
+    g = torch.Generator().manual_seed(0)
+    contexts, target = 20, 1.3
+    gain = torch.arange(contexts) / contexts  # quality that cost 2 brings over cost 1
+    table = torch.zeros(contexts, 1, 2, requires_grad=True)
+    descent = torch.optim.Adam([table], lr=0.05)
+    multiplier, costs = 0.0, []
+    for _ in range(600):
+        context = torch.randint(contexts, (64,), generator=g)
+        logits = table[context]
+        behaviour = mix_uniform(logits, 0.1)
+        choices = sample(behaviour, g)
+
+        def reward_of(dear: Tensor, context: Tensor = context, multiplier: float = multiplier) -> Tensor:
+            return budget(gain[context] * dear, 1.0 + dear, target=target, multiplier=multiplier)
+
+        greedy = logits.argmax(-1)
+        advantage = reward_of(choices[:, 0]) - reward_of(greedy[:, 0])
+        loss = policy_gradient_loss(log_prob(behaviour, choices), advantage, entropy(behaviour).sum(-1), 0.01)
+        descent.zero_grad()
+        loss.backward()
+        descent.step()
+        costs.append(1 + greedy.double().mean().item())
+        multiplier = updated_multiplier(multiplier, costs[-1], target, lr=0.02)
+    assert sum(costs[-200:]) / 200 == pytest.approx(target, abs=0.1)
+    dear = table.argmax(-1)[:, 0]
+    assert dear[-3:].all()
+    assert not dear[:10].any()
