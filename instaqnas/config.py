@@ -132,7 +132,7 @@ class RewardConfig:
     negative: float = -10.0
     quality_threshold: float = 0.6
     target_gbitops: float = 0.0
-    multiplier_lr: float = 0.05
+    multiplier_lr: float = 0.3
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def test_module_imports_only_what_its_part_may(path: Path) -> None:
     assert imported(path) <= ALLOWED[part]
 
 
+@pytest.mark.parametrize("script", ["pretrain", "search", "finetune", "eval"])
+def test_entry_scripts_import_training_config_and_errors_only(script: str) -> None:
+    assert imported(PACKAGE.parent / f"{script}.py") <= {"training", "config", "errors"}
+
+
 def test_reading_a_config_does_not_import_torch() -> None:
     for name in ("config.py", "errors.py"):
         tree = ast.parse((PACKAGE / name).read_text())

@@ -25,7 +25,7 @@ RANGE_ENDS = {
 
 def size_ranges(image_size: int) -> list[tuple[int, int]]:
     """(smaller, larger) default-box size of each of the six maps in pixels, for objects of all sizes as in VOC."""
-    ends = RANGE_ENDS.get(image_size) or [int(image_size * (0.2 + 0.15 * k)) for k in range(7)]
+    ends = RANGE_ENDS.get(image_size) or [image_size * (20 + 15 * k) // 100 for k in range(7)]
     return list(zip(ends, ends[1:], strict=False))
 
 

@@ -53,7 +53,8 @@ def postprocess(
     scores, candidates = scores.topk(min(candidates_per_class, scores.shape[2]), dim=2)
     image, label, rank = (scores >= score_threshold).nonzero(as_tuple=True)
     boxes, scores = boxes[image, candidates[image, label, rank]], scores[image, label, rank]
-    kept = batched_nms(boxes, scores, image * classes + label, nms_iou)  # sorted by score
+    # Sorted by score. In double precision: it may tell groups apart by offsets too large for single precision.
+    kept = batched_nms(boxes.double(), scores.double(), image * classes + label, nms_iou)
     kept = kept[image[kept].argsort(stable=True)]  # by image, then by score
     image, label, boxes, scores = image[kept], label[kept] + 1, boxes[kept], scores[kept]
     per_image = torch.bincount(image, minlength=images)

@@ -66,4 +66,5 @@ def log_prob(probabilities: Tensor, choices: Tensor) -> Tensor:
 
 def entropy(probabilities: Tensor) -> Tensor:
     """Entropy per image and position [B, L] in nats, of `probabilities` [B, L, K]."""
-    return torch.special.entr(probabilities).sum(-1)
+    logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()  # at 0, a gradient that is finite
+    return -(probabilities * logs).sum(-1)

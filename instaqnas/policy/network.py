@@ -53,7 +53,7 @@ class PolicyNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, L, K] for RGB images [B, 3, S, S], uint8 or float, 0 to 255."""
-        x = F.avg_pool2d((images.float() - PIXEL_MEAN) / PIXEL_SCALE, self.pool)
+        x = F.avg_pool2d((images.float() - PIXEL_MEAN) / PIXEL_SCALE, self.pool, ceil_mode=True)  # no pixel left out
         x = F.max_pool2d(F.relu(self.stem(x)), 3, stride=2, padding=1)
         x = F.adaptive_avg_pool2d(self.blocks(x), 1)
         return self.head(x).view(-1, self.positions, self.choices)

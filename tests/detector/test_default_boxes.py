@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torchvision.ops import box_convert
 
 from instaqnas.detector.default_boxes import decode, default_boxes, encode, match
@@ -47,6 +48,55 @@ def test_number_and_sizes_of_boxes(image_size: int, maps: list[int], count: int,
     assert boxes.shape == (count, 4)
     assert boxes[0, 2].item() * image_size == pytest.approx(smallest, abs=1e-4)
     assert boxes[-6, 2].item() * image_size == pytest.approx(largest, abs=1e-4)
+
+
+CELLS = {300: (19, 10, 5, 3, 2, 1), 224: (14, 7, 4, 2, 1, 1), 112: (7, 4, 2, 1, 1, 1)}
+STRIDES = {300: (16, 32, 64, 100, 150, 300), 224: (16, 32, 56, 112, 224, 224), 112: (16, 28, 56, 112, 112, 112)}
+ENDS = {
+    300: (60, 105, 150, 195, 240, 285, 330),
+    224: (44, 78, 112, 145, 179, 212, 246),
+    112: (22, 39, 56, 72, 89, 106, 123),
+}
+
+
+def looped_boxes(image_size: int, cells: tuple, strides: tuple, sizes: list[tuple[float, float]]) -> Tensor:
+    boxes = []
+    for count, stride, (smaller, larger) in zip(cells, strides, sizes, strict=True):
+        middle = math.sqrt(smaller * larger)
+        for j in range(count):
+            for i in range(count):
+                x, y = (i + 0.5) * stride, (j + 0.5) * stride
+                boxes += [[x, y, smaller, smaller], [x, y, middle, middle]]
+                for ratio in (2, 3):
+                    long, short = smaller * math.sqrt(ratio), smaller / math.sqrt(ratio)
+                    boxes += [[x, y, long, short], [x, y, short, long]]
+    return torch.tensor([[min(value / image_size, 1.0) for value in box] for box in boxes])
+
+
+@pytest.mark.parametrize("image_size", [300, 224, 112])
+def test_published_boxes_equal_a_loop_over_maps_and_cells(image_size: int) -> None:
+    ends, cells = ENDS[image_size], CELLS[image_size]
+    expected = looped_boxes(image_size, cells, STRIDES[image_size], list(zip(ends, ends[1:], strict=False)))
+    torch.testing.assert_close(default_boxes(image_size, cells), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "cells", "ends"),
+    [
+        (128, (8, 4, 2, 1, 1, 1), (25, 44, 64, 83, 102, 121, 140)),  # 25.6, 44.8, 64, 83.2, 102.4, 121.6, 140.8
+        (200, (13, 7, 4, 2, 1, 1), (40, 70, 100, 130, 160, 190, 220)),
+    ],
+)
+def test_other_image_sizes_take_20_to_110_percent_of_the_image(image_size: int, cells: tuple, ends: tuple) -> None:
+    strides = tuple(image_size / count for count in cells)
+    expected = looped_boxes(image_size, cells, strides, list(zip(ends, ends[1:], strict=False)))
+    torch.testing.assert_close(default_boxes(image_size, cells), expected, rtol=0, atol=1e-6)
+
+
+def test_given_sizes_replace_those_of_the_image() -> None:
+    sizes = [(10, 20), (15, 30), (30, 31), (50, 80), (70, 90), (100, 110)]
+    expected = looped_boxes(112, CELLS[112], STRIDES[112], sizes)
+    torch.testing.assert_close(default_boxes(112, CELLS[112], sizes), expected, rtol=0, atol=1e-6)
 
 
 def test_encoding_by_hand() -> None:
@@ -123,3 +173,45 @@ def test_batch_without_objects_is_all_background() -> None:
     labels, boxes = match(defaults, torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.int64))
     assert labels.tolist() == [[0] * 10] * 2
     assert boxes.shape == (2, 10, 4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_matching_equals_a_double_loop_on_a_coarse_grid_full_of_ties(seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+
+    def boxes(*shape: int) -> Tensor:
+        corner = torch.randint(0, 5, (*shape, 2), generator=random).double()
+        return torch.cat([corner, corner + torch.randint(1, 5, (*shape, 2), generator=random)], -1) / 8
+
+    defaults, objects = boxes(20), boxes(5, 6)
+    labels = torch.randint(0, 4, (5, 6), generator=random)  # a quarter is padding, anywhere
+    got_labels, got_boxes = match(defaults, objects, labels)
+    for b in range(5):
+        want_labels, want_objects = naive_match(defaults.tolist(), objects[b].tolist(), labels[b].tolist())
+        assert got_labels[b].tolist() == want_labels
+        for p, n in enumerate(want_objects):
+            if n >= 0:
+                assert torch.equal(got_boxes[b, p], objects[b, n])
+
+
+QUARTERS = torch.tensor([[0.0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]])
+
+
+def test_an_overlap_of_exactly_one_half_matches() -> None:
+    objects = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]])
+    defaults = torch.cat([QUARTERS, torch.tensor([[0.0, 0, 0.5, 0.25], [0.0, 0, 0.5, 0.24]])])
+    labels, _ = match(defaults, objects, torch.tensor([[1, 2]]))
+    assert labels.tolist() == [[1, 0, 0, 2, 1, 0]]
+
+
+def test_of_two_objects_with_one_best_box_the_last_takes_it_whatever_they_overlap() -> None:
+    objects = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.0, 0, 0.3, 0.3]]])
+    labels, boxes = match(QUARTERS, objects, torch.tensor([[1, 2]]))
+    assert labels.tolist() == [[2, 0, 0, 0]]
+    assert torch.equal(boxes[0, 0], objects[0, 1])
+
+
+def test_padding_never_matches_even_on_top_of_a_default_box() -> None:
+    boxes = torch.stack([QUARTERS[[0, 1]], QUARTERS[[2, 3]]])
+    labels, _ = match(QUARTERS, boxes, torch.tensor([[0, 5], [0, 0]]))
+    assert labels.tolist() == [[0, 5, 0, 0], [0, 0, 0, 0]]

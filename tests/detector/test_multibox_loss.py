@@ -81,3 +81,54 @@ def test_infinite_targets_of_the_background_reach_neither_loss_nor_gradient() ->
     assert losses["box"].isfinite()
     assert offsets.grad.isfinite().all()
     assert logits.grad.isfinite().all()
+
+
+def test_gradients_reach_positives_and_their_hard_negatives_only() -> None:
+    logits = torch.tensor([[[0.0, 0], [0, 1], [0, 5], [0, 3], [0, 2], [0, 4]]], requires_grad=True)
+    offsets = torch.zeros(1, 6, 4, requires_grad=True)
+    losses = multibox_loss(offsets, logits, torch.ones(1, 6, 4), torch.tensor([[1, 0, 0, 0, 0, 0]]))
+    (losses["box"] + losses["class"]).backward()
+    assert (logits.grad[0].abs().sum(1) > 0).tolist() == [True, False, True, True, False, True]
+    assert (offsets.grad[0].abs().sum(1) > 0).tolist() == [True, False, False, False, False, False]
+
+
+def test_equal_losses_still_give_three_negatives_per_positive() -> None:
+    positive = torch.zeros(2, 20, dtype=torch.bool)
+    positive[0, 3] = positive[1, 5] = positive[1, 6] = True
+    chosen = hard_negatives(torch.ones(2, 20), positive)
+    assert chosen.sum(1).tolist() == [3, 6]
+    assert not (chosen & positive).any()
+
+
+def test_a_positive_is_never_a_negative_even_where_negatives_run_out() -> None:
+    positive = torch.tensor([[True, False, True, False]])
+    chosen = hard_negatives(torch.tensor([[9.0, 0.1, 8.0, 0.2]]), positive)
+    assert chosen.tolist() == [[False, True, False, True]]
+
+
+def test_both_parts_are_divided_by_the_positives_of_the_batch() -> None:
+    case = random_case()
+    twice = multibox_loss(*(torch.cat([tensor, tensor]) for tensor in case))
+    torch.testing.assert_close(twice, multibox_loss(*case))
+
+
+def test_an_image_without_objects_changes_neither_loss_nor_gets_a_gradient() -> None:
+    offsets, logits, targets, labels = random_case()
+    offsets.requires_grad_()
+    logits.requires_grad_()
+    losses = multibox_loss(offsets, logits, targets, labels)
+    others = [0, 2, 3]  # image 1 has none
+    expected = multibox_loss(offsets[others], logits[others], targets[others], labels[others])
+    torch.testing.assert_close(losses, expected)
+    (losses["box"] + losses["class"]).backward()
+    assert not offsets.grad[1].any()
+    assert not logits.grad[1].any()
+    assert logits.grad[others].any()
+
+
+def test_targets_of_the_background_do_not_matter_at_all() -> None:
+    offsets, logits, targets, labels = random_case()
+    expected = multibox_loss(offsets, logits, targets, labels)
+    for poison in (math.inf, -math.inf, math.nan):
+        poisoned = torch.where((labels > 0)[..., None], targets, poison)
+        assert multibox_loss(offsets, logits, poisoned, labels) == expected

@@ -93,3 +93,66 @@ def test_huge_offsets_stay_inside_the_image() -> None:
     boxes = run(offsets, logits).boxes_xyxy
     assert boxes.min() >= 0
     assert boxes.max() <= 64
+
+
+def certain(*labels: int, classes: int = 3) -> torch.Tensor:
+    """Logits [1, P, C] that are almost sure of `labels`, the earlier the surer."""
+    logits = torch.zeros(1, len(labels), classes)
+    for p, label in enumerate(labels):
+        logits[0, p, label] = 12.0 - p
+    return logits
+
+
+SIDE_BY_SIDE = torch.tensor([[0.2, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], [0.8, 0.5, 0.2, 0.2]])
+
+
+def run_on(defaults: torch.Tensor, logits: torch.Tensor, image_size: int = 100, **changed: float) -> Detections:
+    offsets = torch.zeros(*logits.shape[:2], 4)
+    return postprocess(offsets, logits, defaults, image_size, **{**SETTINGS, "score_threshold": 0.5, **changed})
+
+
+def test_boxes_come_in_pixels_best_first() -> None:
+    got = run_on(SIDE_BY_SIDE, certain(1, 2, 1)[:, [2, 0, 1]], 200)
+    assert got.labels.tolist() == [[1, 2, 1]]
+    expected = torch.tensor([[[80.0, 80, 120, 120], [140, 80, 180, 120], [20, 80, 60, 120]]])
+    torch.testing.assert_close(got.boxes_xyxy, expected)
+    assert (got.scores.diff() < 0).all()
+
+
+def test_boxes_are_clipped_to_the_image() -> None:
+    got = run_on(torch.tensor([[0.05, 0.95, 0.4, 0.2]]), certain(1))
+    torch.testing.assert_close(got.boxes_xyxy[0, 0], torch.tensor([0.0, 85.0, 25.0, 100.0]))
+
+
+def test_a_score_at_the_threshold_is_kept() -> None:
+    assert run_on(SIDE_BY_SIDE[:1], torch.zeros(1, 1, 2)).labels.tolist() == [[1]]  # both classes at 0.5
+
+
+def test_an_image_with_fewer_detections_is_padded() -> None:
+    got = run_on(SIDE_BY_SIDE, torch.cat([certain(0, 0, 0), certain(1, 0, 0), certain(2, 1, 1)]))
+    assert got.labels.tolist() == [[0, 0, 0], [1, 0, 0], [2, 1, 1]]
+    assert torch.equal(got.scores > 0, got.labels > 0)
+    assert not got.boxes_xyxy[0].any()
+
+
+def test_at_most_the_best_are_kept_of_each_image() -> None:
+    got = run_on(SIDE_BY_SIDE, torch.cat([certain(1, 1, 2), certain(0, 1, 0)]), max_detections=2)
+    assert got.labels.tolist() == [[1, 1], [1, 0]]
+
+
+def test_suppression_does_not_depend_on_the_place_in_the_batch() -> None:
+    # Two boxes of 20 pixels whose IoU of 0.4499 lies just below the limit, of the last of 20 classes: an offset per
+    # image and class added to float32 coordinates would cost them the digits that decide.
+    shift = 20 * (1 - 0.4499) / (1 + 0.4499)
+    defaults = torch.tensor([[100.0, 100, 20, 20], [100 + shift, 100, 20, 20]]) / 300
+    got = run_on(defaults, certain(20, 20, classes=21).expand(32, -1, -1), 300)
+    assert got.labels.tolist() == [[20, 20]] * 32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_finds_what_the_cpu_finds() -> None:
+    logits = 2 * torch.randn(3, len(DEFAULTS), 4, generator=torch.Generator().manual_seed(2))
+    cpu = run(torch.zeros(3, len(DEFAULTS), 4), logits)
+    cuda = postprocess(torch.zeros(3, len(DEFAULTS), 4).cuda(), logits.cuda(), DEFAULTS.cuda(), 64, **SETTINGS)
+    assert torch.equal(cuda.labels.cpu(), cpu.labels)
+    torch.testing.assert_close(cuda.boxes_xyxy.cpu(), cpu.boxes_xyxy, rtol=1e-4, atol=1e-3)

@@ -31,7 +31,7 @@ def test_logits_have_one_row_per_position(size: int, pool: int) -> None:
 @pytest.mark.parametrize("bits", [(32, 32), (8, 8), (4, 4)])
 def test_a_new_policy_is_almost_uniform(bits: tuple[int, int]) -> None:
     probabilities = build(width=16, bits=bits)(random_images(4)).softmax(-1)
-    assert ((probabilities - 1 / 3).abs() < 0.05).all()
+    assert ((probabilities - 1 / 3).abs() < 0.1).all()
 
 
 def test_in_evaluation_an_image_does_not_depend_on_the_rest_of_its_batch() -> None:
