@@ -117,7 +117,7 @@ class RewardConfig:
         positive: weight of good images in `window_*`.
         negative: weight of bad images in `window_*`.
         quality_threshold: quality from which an image is good in `window_*`.
-        target_gbitops: mean GBitOps that `budget` settles on.
+        target_gbitops: mean GBitOps of the greedy configurations that `budget` settles on.
         multiplier_lr: step of the multiplier of `budget` per policy step.
     """
 

@@ -337,7 +337,7 @@ def run_search(command: Command) -> None:
             if config.reward.name == "budget":
                 state.multiplier = rewards.updated_multiplier(
                     state.multiplier,
-                    scalars["cost/gbitops_sampled"],
+                    scalars["cost/gbitops_greedy"],  # what is used in the end; samples explore
                     config.reward.target_gbitops,
                     config.reward.multiplier_lr,
                 )
