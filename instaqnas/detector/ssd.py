@@ -33,6 +33,12 @@ class DetectorBits:
     extras: BitChoice
     heads: BitChoice
 
+    @property
+    def quantize_nothing(self) -> bool:
+        """Whether this is an ordinary full-precision network."""
+        groups = (*self.choices, self.stem, self.depthwise, self.extras, self.heads)
+        return all(bits == FULL_PRECISION for choice in groups for bits in choice)
+
     @staticmethod
     def uniform(bits: int) -> DetectorBits:
         """The same bits for weights and activations of all layers."""

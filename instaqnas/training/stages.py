@@ -37,6 +37,7 @@ from instaqnas.training.pictures import draw_detections, draw_objects
 from instaqnas.training.policy_epoch import Judge, Outcome, train_policy_epoch
 from instaqnas.training.report import ReportRow, choice_name, format_table, write_report
 from instaqnas.training.run_dir import RunDir, best_checkpoint
+from instaqnas.training.runtime import keep_freed_memory
 
 log = logging.getLogger(__name__)
 CALIBRATION_IMAGES = 64
@@ -77,7 +78,7 @@ class Experiment:
             width=settings.width,
             extras_batch_norm=settings.extras_batch_norm,
             box_sizes=settings.box_sizes,
-        ).to(self.device)
+        ).to(self.device, memory_format=torch.channels_last if bits.quantize_nothing else torch.contiguous_format)
 
     def quantized_detector(self) -> SwitchableSSD:
         """The detector at the bits of the config."""
@@ -437,6 +438,7 @@ def _evaluate_row(experiment: Experiment, command: Command, name: str, loader: D
 def _start(command: Command) -> Experiment:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.captureWarnings(capture=True)
+    keep_freed_memory()
     return Experiment(command.config)
 
 
