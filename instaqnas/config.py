@@ -73,18 +73,26 @@ class BitsConfig:
     """Bit-widths as [weight bits, activation bits], 2 to 8, or 32 for full precision.
 
     Args:
-        choices: what the policy may choose from at each pointwise convolution.
-        stem: fixed bits of the first convolution.
-        depthwise: fixed bits of the depthwise convolutions.
-        extras: fixed bits of the extra feature layers.
-        heads: fixed bits of the box and class heads.
+        choices: what the policy may choose from at each position, 1 to 8 pairs.
+        positions: the layers that the policy controls; `pointwise` are the 13 of the paper.
+        stem: fixed bits of the first convolution, where the policy does not control it.
+        depthwise: fixed bits of the depthwise convolutions, likewise.
+        extras: fixed bits of the extra feature layers, likewise.
+        heads: fixed bits of the box and class heads, likewise.
+        quantizer: how values are put on integer grids; see instaqnas/quant/quantizers.py.
+        weights: one weight `shared` by all choices, or a `separate` one for each as in the paper.
+        per_channel: a step size per output channel of a weight instead of one per weight (lsq and lsq_plus).
     """
 
     choices: list[BitChoice] = field(default_factory=lambda: [(3, 4), (4, 4), (5, 4)])
+    positions: Literal["pointwise", "backbone", "backbone+extras", "all"] = "pointwise"
     stem: BitChoice = (8, 8)
     depthwise: BitChoice = (8, 8)
     extras: BitChoice = (4, 4)
     heads: BitChoice = (8, 8)
+    quantizer: Literal["lsq_plus", "lsq", "pact", "dorefa"] = "lsq_plus"
+    weights: Literal["shared", "separate"] = "shared"
+    per_channel: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,6 +211,23 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class RuntimeConfig:
+    """How fast it runs, not what it computes.
+
+    Args:
+        compile: fuse the elementwise passes of quantized layers; `auto` does if a compiler is found, `on` insists.
+        channels_last: memory layout of the full-precision network.
+        amp: arithmetic of the detector's convolutions; bf16 holds levels up to 256 exactly and rounds the sums.
+        threads: CPU threads of the main process; 0 leaves it to torch.
+    """
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    channels_last: bool = True
+    amp: Literal["off", "bf16"] = "off"
+    threads: int = 0
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole experiment.
 
@@ -217,6 +242,7 @@ class Config:
         search: training of search.py.
         finetune: training of finetune.py.
         eval: evaluation and post-processing.
+        runtime: speed.
         seed: seed of everything random.
         device: `auto` takes CUDA if present.
 
@@ -234,6 +260,7 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
     finetune: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -250,7 +277,7 @@ def _are_bits(pair: BitChoice) -> bool:
 
 
 def _are_choices(choices: list[BitChoice]) -> bool:
-    return len(choices) > 0 and len(set(map(tuple, choices))) == len(choices) and all(map(_are_bits, choices))
+    return 1 <= len(choices) <= 8 and len(set(map(tuple, choices))) == len(choices) and all(map(_are_bits, choices))
 
 
 def _are_box_sizes(sizes: list[BoxSizes] | None) -> bool:
@@ -268,8 +295,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 1",
     ),
     (
-        "workers warmup_epochs weight_decay step_size_lr_factor clip_grad_norm entropy_beta exponent window_lower "
-        "positive target_gbitops",
+        "workers threads warmup_epochs weight_decay step_size_lr_factor clip_grad_norm entropy_beta exponent "
+        "window_lower positive target_gbitops",
         lambda v: v >= 0,
         "at least 0",
     ),
@@ -283,7 +310,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("image_size", lambda v: v >= 64, "at least 64"),
     ("stem depthwise extras heads bits", _are_bits, "bit-widths from 2 to 8, or 32"),
-    ("choices", _are_choices, "one or more different pairs of bit-widths from 2 to 8, or 32"),
+    ("choices", _are_choices, "one to eight different pairs of bit-widths from 2 to 8, or 32"),
     ("box_sizes", _are_box_sizes, "six pairs [smaller, larger] above 0"),
 ]
 _RANGE_OF = {name: (test, wanted) for names, test, wanted in _RANGES for name in names.split()}
@@ -306,6 +333,8 @@ def _check_combinations(config: Config) -> None:
     pool, image_size = config.policy.pool, config.detector.image_size
     if pool > image_size:
         raise _unexpected("policy.pool", f"at most detector.image_size = {image_size}", pool)
+    if config.bits.per_channel and config.bits.quantizer not in ("lsq_plus", "lsq"):
+        raise _unexpected("bits.per_channel", f"false for bits.quantizer = {config.bits.quantizer}", value=True)
     reward = config.reward
     if reward.name == "budget" and reward.target_gbitops == 0:
         raise _unexpected("reward.target_gbitops", "more than 0 for the reward `budget`", reward.target_gbitops)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
+from instaqnas.quant.quantizers import Affine
+from instaqnas.quant.switchable import SwitchableConv2d
 
 # (output channels, stride) of the 13 depthwise-separable blocks
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 STEM_CHANNELS = 32
+
+MakeConv = Callable[..., SwitchableConv2d]  # (group, *arguments of SwitchableConv2d without its choices)
+ChoiceOf = Mapping[nn.Module, Tensor]  # bit choices [B] of the layers that the policy controls
 
 
 def scaled_channels(channels: int, width: float) -> int:
@@ -20,19 +23,21 @@ def scaled_channels(channels: int, width: float) -> int:
 
 
 class SeparableBlock(nn.Module):
-    """Depthwise 3x3 at fixed bits, then pointwise at the bits chosen per image, each with BatchNorm and ReLU."""
+    """ReLU and depthwise 3x3, then ReLU and pointwise, each with BatchNorm.
 
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int, depthwise: BitChoice, choices: Sequence[BitChoice]
-    ) -> None:
+    The ReLU behind a convolution is the quantizer's of whoever reads it on.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, make: MakeConv) -> None:
         super().__init__()
-        self.depthwise = SwitchableConv2d(in_channels, in_channels, 3, [depthwise], stride=stride, groups=in_channels)
-        self.pointwise = SwitchableConv2d(in_channels, out_channels, 1, choices)
+        self.depthwise = make("depthwise", in_channels, in_channels, 3, stride=stride, groups=in_channels)
+        self.pointwise = make("pointwise", in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, choice: Tensor) -> Tensor:
-        """[B, in, H, W] -> [B, out, H / stride, W / stride]; `choice` [B] picks the pointwise bits."""
-        x = F.relu_(self.depthwise(x))
-        return F.relu_(self.pointwise(x, choice))
+    def forward(self, x: Affine, choice_of: ChoiceOf) -> Affine:
+        """[B, in, H, W] -> [B, out, H / stride, W / stride]."""
+        for layer in (self.depthwise, self.pointwise):
+            x = layer(x, choice_of.get(layer))
+        return x
 
 
 class MobileNet(nn.Module):
@@ -40,25 +45,24 @@ class MobileNet(nn.Module):
 
     Args:
         width: width multiplier.
-        choices: bit choices of the pointwise convolutions.
-        stem, depthwise: fixed bits.
+        make: builds a convolution of a group: stem, depthwise or pointwise.
     """
 
-    def __init__(self, width: float, choices: Sequence[BitChoice], stem: BitChoice, depthwise: BitChoice) -> None:
+    def __init__(self, width: float, make: MakeConv) -> None:
         super().__init__()
         self.channels = [scaled_channels(out, width) for out, _ in BLOCKS]
         in_channels = scaled_channels(STEM_CHANNELS, width)
-        self.stem = SwitchableConv2d(3, in_channels, 3, [stem], stride=2, signed_input=True)
+        self.stem = make("stem", 3, in_channels, 3, stride=2, signed_input=True)
         self.blocks = nn.ModuleList()
         for out_channels, (_, stride) in zip(self.channels, BLOCKS, strict=True):
-            self.blocks.append(SeparableBlock(in_channels, out_channels, stride, depthwise, choices))
+            self.blocks.append(SeparableBlock(in_channels, out_channels, stride, make))
             in_channels = out_channels
 
-    def forward(self, x: Tensor, choices: Tensor) -> list[Tensor]:
-        """Outputs of all blocks for normalised images [B, 3, S, S] under bit configurations `choices` [B, 13]."""
-        x = F.relu_(self.stem(x))
+    def forward(self, x: Tensor, choice_of: ChoiceOf) -> list[Affine]:
+        """Outputs of all blocks, before their ReLU, for normalised images [B, 3, S, S]."""
+        x = self.stem(x, choice_of.get(self.stem))
         outputs = []
-        for block, choice in zip(self.blocks, choices.unbind(1), strict=True):
-            x = block(x, choice)
+        for block in self.blocks:
+            x = block(x, choice_of)
             outputs.append(x)
         return outputs

@@ -1,37 +1,72 @@
-"""MobileNetV1-SSD whose pointwise convolutions run at a bit choice picked per image."""
+"""MobileNetV1-SSD whose layers run at a bit choice picked per image."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from instaqnas.detector.default_boxes import BOXES_PER_CELL, default_boxes, encode, match
-from instaqnas.detector.mobilenet import BLOCKS, MobileNet, scaled_channels
+from instaqnas.detector.mobilenet import BLOCKS, ChoiceOf, MakeConv, MobileNet, scaled_channels
 from instaqnas.detector.multibox_loss import multibox_loss
 from instaqnas.quant.bitops import CostTable, LayerCost, measure_layers
-from instaqnas.quant.quantizers import FULL_PRECISION
-from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
+from instaqnas.quant.quantizers import FULL_PRECISION, Affine, QuantizerName
+from instaqnas.quant.switchable import BitChoice, SwitchableConv2d, WeightSharing
 
 EXTRAS = ((256, 512), (128, 256), (128, 256), (128, 256))  # channels of the 1x1 and of the strided 3x3
 SOURCE_BLOCKS = (10, 12)
 PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
-POSITIONS = tuple(f"backbone.blocks.{block}.pointwise" for block in range(len(BLOCKS)))
+Positions = Literal["pointwise", "backbone", "backbone+extras", "all"]
+GROUPS_OF: dict[Positions, tuple[str, ...]] = {  # the layers that the policy controls
+    "pointwise": ("pointwise",),
+    "backbone": ("stem", "depthwise", "pointwise"),
+    "backbone+extras": ("stem", "depthwise", "pointwise", "extras"),
+    "all": ("stem", "depthwise", "pointwise", "extras", "heads"),
+}
+LAYERS_IN = {
+    "stem": 1,
+    "depthwise": len(BLOCKS),
+    "pointwise": len(BLOCKS),
+    "extras": 2 * len(EXTRAS),
+    "heads": 2 * (len(SOURCE_BLOCKS) + len(EXTRAS)),
+}
+Amp = Literal["off", "bf16"]
+
+
+def position_count(positions: Positions) -> int:
+    """L, the number of layers that the policy controls."""
+    return sum(LAYERS_IN[group] for group in GROUPS_OF[positions])
 
 
 @dataclass(frozen=True)
 class DetectorBits:
-    """Bit choices of every layer: `choices` of the pointwise convolutions, one fixed choice of all others."""
+    """Bit choices of every layer, and how it is quantized.
+
+    Args:
+        choices: of the layers at `positions`.
+        stem, depthwise, extras, heads: the one choice of these layers where they are not among `positions`.
+        positions: which layers have `choices`.
+        quantizer, weights, per_channel: see `SwitchableConv2d`.
+    """
 
     choices: Sequence[BitChoice]
     stem: BitChoice
     depthwise: BitChoice
     extras: BitChoice
     heads: BitChoice
+    positions: Positions = "pointwise"
+    quantizer: QuantizerName = "lsq_plus"
+    weights: WeightSharing = "shared"
+    per_channel: bool = False
+
+    def choices_of(self, group: str) -> Sequence[BitChoice]:
+        """Bit choices of the layers of a group: stem, depthwise, pointwise, extras or heads."""
+        return self.choices if group in GROUPS_OF[self.positions] else [getattr(self, group)]
 
     @property
     def quantize_nothing(self) -> bool:
@@ -60,20 +95,24 @@ class SSDOutput:
 
 
 class ExtraLayer(nn.Module):
-    """1x1 convolution, then 3x3 with stride 2, each with ReLU."""
+    """ReLU and 1x1 convolution, then ReLU and 3x3 with stride 2."""
 
-    def __init__(self, in_channels: int, channels: tuple[int, int], bits: BitChoice, *, batch_norm: bool) -> None:
+    def __init__(self, in_channels: int, channels: tuple[int, int], make: MakeConv, *, batch_norm: bool) -> None:
         super().__init__()
-        self.reduce = SwitchableConv2d(in_channels, channels[0], 1, [bits], batch_norm=batch_norm)
-        self.down = SwitchableConv2d(channels[0], channels[1], 3, [bits], stride=2, batch_norm=batch_norm)
+        self.reduce = make("extras", in_channels, channels[0], 1, batch_norm=batch_norm)
+        self.down = make("extras", channels[0], channels[1], 3, stride=2, batch_norm=batch_norm)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Affine, choice_of: ChoiceOf) -> Affine:
         """[B, in, H, W] -> [B, out, ceil(H / 2), ceil(W / 2)]."""
-        return F.relu_(self.down(F.relu_(self.reduce(x))))
+        for layer in (self.reduce, self.down):
+            x = layer(x, choice_of.get(layer))
+        return x
 
 
 class SwitchableSSD(nn.Module):
     """The detector: backbone, extra feature layers and heads on six feature maps.
+
+    `positions` names the L layers that the policy controls, in the order of the columns of bit configurations.
 
     Args:
         classes: C, background included.
@@ -83,6 +122,7 @@ class SwitchableSSD(nn.Module):
         extras_batch_norm: BatchNorm instead of a bias in the extra layers.
         box_sizes: (smaller, larger) default-box size of each of the six maps in pixels; None takes those of the image
             size.
+        amp: arithmetic of the convolutions, `off` for float32.
     """
 
     def __init__(
@@ -94,27 +134,38 @@ class SwitchableSSD(nn.Module):
         width: float = 1.0,
         extras_batch_norm: bool = False,
         box_sizes: Sequence[tuple[int, int]] | None = None,
+        amp: Amp = "off",
     ) -> None:
         super().__init__()
-        self.classes, self.image_size, self.choices = classes, image_size, tuple(bits.choices)
-        self.backbone = MobileNet(width, bits.choices, bits.stem, bits.depthwise)
+        self.classes, self.image_size, self.choices, self.amp = classes, image_size, tuple(bits.choices), amp
+        layers_of: dict[str, list[SwitchableConv2d]] = {}
+
+        def make(group: str, *shape: int, **settings: int | bool) -> SwitchableConv2d:
+            settings |= {"quantizer": bits.quantizer, "weights": bits.weights, "per_channel": bits.per_channel}
+            layer = SwitchableConv2d(*shape, bits.choices_of(group), **settings)
+            layers_of.setdefault(group, []).append(layer)
+            return layer
+
+        self.backbone = MobileNet(width, make)
         source_channels = [self.backbone.channels[block] for block in SOURCE_BLOCKS]
         self.extras = nn.ModuleList()
         for channels in EXTRAS:
             inner, outer = (scaled_channels(c, width) for c in channels)
-            layer = ExtraLayer(source_channels[-1], (inner, outer), bits.extras, batch_norm=extras_batch_norm)
-            self.extras.append(layer)
+            self.extras.append(ExtraLayer(source_channels[-1], (inner, outer), make, batch_norm=extras_batch_norm))
             source_channels.append(outer)
 
         def heads(outputs: int) -> nn.ModuleList:
             return nn.ModuleList(
-                SwitchableConv2d(c, BOXES_PER_CELL * outputs, 3, [bits.heads], batch_norm=False)
-                for c in source_channels
+                make("heads", c, BOXES_PER_CELL * outputs, 3, batch_norm=False) for c in source_channels
             )
 
         self.box_heads, self.class_heads = heads(4), heads(classes)
         for head in [*self.box_heads, *self.class_heads]:
             nn.init.xavier_uniform_(head.weight)
+        controlled = {layer for group in GROUPS_OF[bits.positions] for layer in layers_of[group]}
+        named = [(name, module) for name, module in self.named_modules() if module in controlled]
+        self.positions = tuple(name for name, _ in named)
+        self._layers_at = tuple(layer for _, layer in named)
         boxes = default_boxes(image_size, self._map_sizes(), box_sizes)
         self.register_buffer("default_boxes_cxcywh", boxes, persistent=False)
 
@@ -123,12 +174,18 @@ class SwitchableSSD(nn.Module):
 
         Args:
             images: RGB [B, 3, S, S], uint8 or float, 0 to 255.
-            choices: [B, L] indices of the K bit choices.
+            choices: [B, L] indices of the K bit choices, in the order of `positions`.
         """
-        sources = self._sources((images.float() - PIXEL_MEAN) / PIXEL_SCALE, choices)
-        offsets = [_per_box(head(x), 4) for head, x in zip(self.box_heads, sources, strict=True)]
-        logits = [_per_box(head(x), self.classes) for head, x in zip(self.class_heads, sources, strict=True)]
-        return SSDOutput(torch.cat(offsets, 1), torch.cat(logits, 1))
+        choice_of = dict(zip(self._layers_at, choices.unbind(1), strict=True))
+
+        def predict(heads: nn.ModuleList, values: int) -> Tensor:
+            maps = [head(x, choice_of.get(head)).value() for head, x in zip(heads, sources, strict=True)]
+            return torch.cat([_per_box(y, values) for y in maps], 1)
+
+        bf16 = self.amp == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+            sources = self._sources((images.float() - PIXEL_MEAN) / PIXEL_SCALE, choice_of)
+            return SSDOutput(predict(self.box_heads, 4), predict(self.class_heads, self.classes))
 
     def loss(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Multibox loss against objects in pixels: boxes_xyxy [B, N, 4], labels [B, N], 0 where there is none."""
@@ -137,12 +194,12 @@ class SwitchableSSD(nn.Module):
         matched_labels, matched_boxes = match(box_convert(defaults, "cxcywh", "xyxy"), boxes, labels)
         return multibox_loss(output.box_offsets, output.class_logits, encode(matched_boxes, defaults), matched_labels)
 
-    def _sources(self, x: Tensor, choices: Tensor) -> list[Tensor]:
-        """The six feature maps that the heads look at."""
-        blocks = self.backbone(x, choices)
+    def _sources(self, x: Tensor, choice_of: ChoiceOf) -> list[Affine]:
+        """The six feature maps that the heads look at, before their ReLU."""
+        blocks = self.backbone(x, choice_of)
         sources = [blocks[block] for block in SOURCE_BLOCKS]
         for layer in self.extras:
-            sources.append(layer(sources[-1]))
+            sources.append(layer(sources[-1], choice_of))
         return sources
 
     def _map_sizes(self) -> list[int]:
@@ -166,13 +223,13 @@ def detector_layers(detector: SwitchableSSD) -> list[LayerCost]:
     """MACs and bit choices of every convolution, from the shapes of one image."""
     weight = detector.backbone.stem.weight
     image = weight.new_zeros(1, 3, detector.image_size, detector.image_size)
-    choices = torch.zeros(1, len(POSITIONS), dtype=torch.int64, device=weight.device)
+    choices = torch.zeros(1, len(detector.positions), dtype=torch.int64, device=weight.device)
     return measure_layers(detector, lambda: detector(image, choices))
 
 
 def detector_costs(detector: SwitchableSSD) -> CostTable:
     """GBitOps of any bit configuration of the detector."""
-    return CostTable(detector_layers(detector), POSITIONS)
+    return CostTable(detector_layers(detector), detector.positions)
 
 
 @torch.no_grad()

@@ -21,11 +21,13 @@ class ResidualBlock(nn.Module):
         self.first = SwitchableConv2d(in_channels, out_channels, 3, [bits], stride=stride)
         self.second = SwitchableConv2d(out_channels, out_channels, 3, [bits])
         same = in_channels == out_channels and stride == 1
-        self.shortcut = nn.Identity() if same else SwitchableConv2d(in_channels, out_channels, 1, [bits], stride=stride)
+        self.shortcut = None if same else SwitchableConv2d(in_channels, out_channels, 1, [bits], stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, ceil(H / stride), ceil(W / stride)]."""
-        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
+        inner = self.second(self.first(x)).value()  # the ReLU between the two is the quantizer's
+        shortcut = x if self.shortcut is None else self.shortcut(x).value()
+        return F.relu(inner + shortcut)
 
 
 class PolicyNet(nn.Module):
@@ -54,9 +56,9 @@ class PolicyNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, L, K] for RGB images [B, 3, S, S], uint8 or float, 0 to 255."""
         x = F.avg_pool2d((images.float() - PIXEL_MEAN) / PIXEL_SCALE, self.pool, ceil_mode=True)  # no pixel left out
-        x = F.max_pool2d(F.relu(self.stem(x)), 3, stride=2, padding=1)
+        x = F.max_pool2d(F.relu(self.stem(x).value()), 3, stride=2, padding=1)
         x = F.adaptive_avg_pool2d(self.blocks(x), 1)
-        return self.head(x).view(-1, self.positions, self.choices)
+        return self.head(x).value().view(-1, self.positions, self.choices)
 
 
 def policy_layers(policy: PolicyNet, image_size: int) -> list[LayerCost]:

@@ -6,12 +6,14 @@ elementwise operations of quantization are not counted, as is usual.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from instaqnas.quant.quantizers import Affine
 from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
 
 
@@ -36,8 +38,8 @@ def measure_layers(network: nn.Module, forward: Callable[[], object]) -> list[La
     names = {module: name for name, module in network.named_modules() if isinstance(module, SwitchableConv2d)}
     layers: list[LayerCost] = []
 
-    def record(layer: SwitchableConv2d, _args: tuple, y: Tensor) -> None:
-        macs = y[0].numel() * layer.weight[0].numel()
+    def record(layer: SwitchableConv2d, _args: tuple, output: Affine) -> None:
+        macs = output.y[0].numel() * math.prod(layer.weight.shape[-3:])
         params = sum(p.numel() for p in layer.parameters())
         layers.append(LayerCost(names[layer], macs, params, layer.choices))
 

@@ -1,22 +1,37 @@
-"""LSQ+ quantizers that put weights and activations on integer-valued grids, with one step size per bit choice.
+"""Quantizers that put weights and activations on integer-valued grids, one grid per bit choice.
 
-A quantizer returns the grid itself (integer values held in floating point, the zero-point already subtracted) and the
-step size, apart: the layer convolves the grids and multiplies by the step sizes once. The product is that of ordinary
+A quantizer returns the levels (integer values held in floating point, the zero-point already subtracted) and the step
+size, apart: the layer convolves the levels and multiplies by the step sizes once. The product is that of ordinary
 fake quantization, exact as long as the integer sums stay below 2^24, and what an integer machine computes.
 
-Sources: LSQ (Esser et al., ICLR 2020), LSQ+ (Bhalgat et al., CVPR Workshops 2020). Step sizes are held as logarithms
-(Jain et al., MLSys 2020, section 3.3), so no gradient can make one negative.
+| name       | weights | activations                                                                        |
+|------------|---------|------------------------------------------------------------------------------------|
+| `lsq_plus` | LSQ     | LSQ, with a learned zero-point where the input is not behind a ReLU (LSQ+)         |
+| `lsq`      | LSQ     | LSQ                                                                                |
+| `pact`     | DoReFa  | PACT: clipped at a learned end                                                     |
+| `dorefa`   | DoReFa  | clamped to [0, 1], or [-1, 1] where the input is not behind a ReLU                 |
+
+Sources: LSQ (Esser et al., ICLR 2020), LSQ+ (Bhalgat et al., CVPR Workshops 2020), PACT (Choi et al., 2018), DoReFa-Net
+(Zhou et al., 2016). Whatever is learned and has to stay positive is held as its logarithm (as in Jain et al., MLSys
+2020, section 3.3), so no gradient can make it negative.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from instaqnas.quant.fused import clip_round
+
 FULL_PRECISION = 32  # as a bit-width: not quantized
+SMALLEST_STEP = 1e-8  # of calibration, where the data are all zeros
+PACT_FIRST_END = 10.0
+QuantizerName = Literal["lsq_plus", "lsq", "pact", "dorefa"]
 
 
 def level_range(bits: int, *, signed: bool) -> tuple[int, int]:
@@ -26,136 +41,293 @@ def level_range(bits: int, *, signed: bool) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
-class _Grid(torch.autograd.Function):
-    """round(clip(x / step + zero_point, lowest, highest)) - zero_point, with straight-through rounding.
+class Affine(NamedTuple):
+    """`scale * y + shift`, not computed yet, so that the quantizer of the next layer can absorb it, and the ReLU too.
 
-    Keeps only `x` for the backward pass; composed from torch operations it would keep three copies.
+    y: [B, C, H, W].
+    scale, shift: [B, C] or [1, C], [B, 1] or [1, 1]; None for 1 and 0.
     """
 
-    @staticmethod
-    def forward(ctx, x: Tensor, step: Tensor, lowest: Tensor, highest: Tensor, zero_point: Tensor | None) -> Tensor:
-        if zero_point is not None:  # rounded, it shifts the range and nothing else
-            lowest, highest = lowest - zero_point.round(), highest - zero_point.round()
-        ctx.save_for_backward(x, step, lowest, highest)
-        return (x / step).round_().clamp_(lowest, highest)
+    y: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, lowest, highest = ctx.saved_tensors
-        inside = (x >= lowest * step) & (x <= highest * step)
-        grad_x = torch.where(inside, grad / step, 0.0)
-        grad_step = grad_zero_point = None
-        if ctx.needs_input_grad[1]:
-            grad_step = _sum_like(grad_x, x, step).neg_() / step
-        if ctx.needs_input_grad[4]:
-            grad_zero_point = torch.where(inside, 0.0, -grad).sum_to_size(step.shape)
-        return grad_x, grad_step, None, None, grad_zero_point
+    @property
+    def shape(self) -> torch.Size:
+        """[B, C, H, W]."""
+        return self.y.shape
+
+    def value(self) -> Tensor:
+        """The feature map itself [B, C, H, W], without ReLU."""
+        if self.scale is None:
+            return self.y
+        y = self.y.to(self.scale.dtype)  # under autocast the sums are bf16
+        return torch.addcmul(self.shift[:, :, None, None], y, self.scale[:, :, None, None])
 
 
-def _sum_like(a: Tensor, b: Tensor, shape_of: Tensor) -> Tensor:
-    """Sum of a * b down to the shape of `shape_of`, all of whose dimensions but the first are 1."""
-    dots = torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1))  # [n, 1, 1], without the product in memory
-    return dots.view(-1, *shape_of.shape[1:]).sum_to_size(shape_of.shape)
+def as_affine(x: Affine | Tensor) -> Affine:
+    """`x`, wrapped if it is a tensor."""
+    return x if isinstance(x, Affine) else Affine(x)
 
 
-def to_grid(x: Tensor, step: Tensor, lowest: Tensor, highest: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """Integer-valued levels of `x`, zero-point subtracted: times `step` they are the fake-quantized `x`.
+class Grid(NamedTuple):
+    """K grids: levels are clip(round(x / step), lowest, highest).
 
-    Gradients: straight through inside the range and none outside for `x`; together with the later multiplication by
-    `step` the step size gets LSQ's gradient (equation 3), the zero-point that of LSQ+ (equation 5).
-
-    Args:
-        x: [n, ...].
-        step: positive, [n, 1, ...] or [1, 1, ...], as are the following.
-        lowest, highest: ends of the grid before the zero-point is subtracted.
-        zero_point: rounded to an integer here; None for 0.
+    step: [K, 1], or [K, C] per channel.
+    lowest, highest: [K]; they carry a gradient where an end of the range is learned.
     """
-    return _Grid.apply(x, step, lowest, highest, zero_point)
+
+    step: Tensor
+    lowest: Tensor
+    highest: Tensor
 
 
-class StepSizes(nn.Module):
-    """Learned step sizes, one per bit choice, with what else describes the K grids.
+class Quantizer(nn.Module):
+    """K grids of integers.
 
     Args:
         bits: K bit-widths, 2 to 8, or 32 for choices that are not quantized.
         signed: whether the grids reach below zero.
-        learn_zero_point: LSQ+'s zero-point per choice; only for signed inputs.
 
-    A new module holds NaN until `initialize` has seen data: an uncalibrated layer can not yield silent nonsense.
+    What it learns is NaN until `initialize` has seen data: an uncalibrated layer can not yield silent nonsense.
     """
 
-    def __init__(self, bits: Sequence[int], *, signed: bool, learn_zero_point: bool = False) -> None:
+    def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
         super().__init__()
         quantized = [b != FULL_PRECISION for b in bits]
         self.any_quantized, self.all_quantized = any(quantized), all(quantized)
+        self.signed = signed
         ranges = torch.tensor([level_range(min(b, 8), signed=signed) for b in bits], dtype=torch.float32)
         self.register_buffer("lowest", ranges[:, 0].clone(), persistent=False)
         self.register_buffer("highest", ranges[:, 1].clone(), persistent=False)
         self.register_buffer("is_quantized", torch.tensor(quantized), persistent=False)
-        if self.any_quantized:
-            self.log_step = nn.Parameter(torch.full((len(bits),), math.nan))
-        self.zero_point = nn.Parameter(torch.zeros(len(bits))) if learn_zero_point and self.any_quantized else None
 
-    def steps(self, numel: int) -> Tensor:
-        """Step sizes [K], 1 where not quantized; gradients scaled by 1 / sqrt(numel * highest level) (LSQ, 2.2)."""
-        scale = (numel * self.highest).rsqrt()
-        scaled = self.log_step * scale + (self.log_step * (1 - scale)).detach()
-        return torch.where(self.is_quantized, scaled.exp(), 1.0)
+    def grid(self, numel: int) -> Grid:
+        """The grids, 1 as step size of choices that are not quantized.
 
-    @torch.no_grad()
+        `numel` is the number of elements that share a step size (for activations those of one image): learned step
+        sizes scale their gradient by it.
+        """
+        raise NotImplementedError
+
     def initialize(self, x: Tensor) -> None:
-        """First step sizes from data: 2 * mean|x| / sqrt(highest level) (LSQ, 2.1); min-max with a zero-point."""
-        if not self.any_quantized:
-            return
-        if self.zero_point is not None:
-            low, high = torch.aminmax(x)
-            step = ((high - low) / (self.highest - self.lowest)).clamp(min=1e-8)
-            self.zero_point.copy_((self.lowest - low / step).round())
-        else:
-            step = (2 * x.abs().mean() / self.highest.sqrt()).clamp(min=1e-8)
-        self.log_step.copy_(torch.where(self.is_quantized, step.log(), 0.0))
+        """Takes what is learned from data like those that will be quantized; may be repeated."""
+
+    def _step_column(self, step: Tensor) -> Tensor:
+        return torch.where(self.is_quantized[:, None], step, 1.0)
 
 
-class WeightQuantizer(StepSizes):
-    """Signed grids of one shared weight, one per bit choice."""
+# --- Weights ----------------------------------------------------------------------------------------------------------
+
+
+class WeightQuantizer(Quantizer):
+    """Signed grids of a convolution's weight: forward returns levels [K, out, in / groups, kh, kw] and step sizes
+    [K, 1] or [K, out], None if no choice is quantized.
+
+    Its argument is one weight [out, in / groups, kh, kw] for all choices, or one for each [K, out, ...].
+    """
 
     def __init__(self, bits: Sequence[int]) -> None:
         super().__init__(bits, signed=True)
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Levels [K, *weight.shape] and step sizes [K] (None if no choice is quantized)."""
-        copies = weight.expand(len(self.lowest), *weight.shape)
+        """See the class."""
+        copies = weight.expand(len(self.lowest), *weight.shape[-4:])
         if not self.any_quantized:
             return copies, None
-        step = self.steps(weight.numel())
-        shape = (-1,) + (1,) * weight.dim()
-        levels = to_grid(copies, *(column.view(shape) for column in (step, self.lowest, self.highest)))
+        levels, step = self._levels(copies)
         if not self.all_quantized:
-            levels = torch.where(self.is_quantized.view(shape), levels, copies)
+            levels = torch.where(self.is_quantized.view(-1, 1, 1, 1, 1), levels, copies)
         return levels, step
 
+    def _levels(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
-class ActivationQuantizer(StepSizes):
-    """Grid of a layer's input, picked per image: unsigned after a ReLU, signed with a learned zero-point elsewhere."""
+
+class LsqWeights(WeightQuantizer):
+    """LSQ: learned step sizes, one per choice, or one per choice and output channel.
+
+    Args:
+        channels: 1, or the output channels for a step size of each.
+    """
+
+    def __init__(self, bits: Sequence[int], channels: int = 1) -> None:
+        super().__init__(bits)
+        if self.any_quantized:
+            self.log_step = nn.Parameter(torch.full((len(bits), channels), math.nan))
+
+    def grid(self, numel: int) -> Grid:
+        step = _lsq_step(self.log_step, numel, self.highest)
+        return Grid(self._step_column(step), self.lowest, self.highest)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        if self.any_quantized:
+            per_channel = self.log_step.shape[1] > 1
+            magnitude = x.expand(len(self.log_step), *x.shape[-4:]).flatten(2).abs().mean(2)  # [K, out]
+            if not per_channel:
+                magnitude = magnitude.mean(1, keepdim=True)
+            self.log_step.copy_(_first_lsq_step(magnitude, self.highest).log())
+
+    def _levels(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+        step, lowest, highest = self.grid(copies[0].numel() // self.log_step.shape[1])
+        scale = step.reciprocal().expand(copies.shape[:2])
+        return clip_round(copies, scale, torch.zeros_like(scale), lowest, highest), step
+
+
+class DoReFaWeights(WeightQuantizer):
+    """DoReFa: tanh(w) / max|tanh(w)| mapped to [0, 1], rounded to one of 2^b levels, mapped back to [-1, 1].
+
+    Levels are the odd integers from -(2^b - 1) to 2^b - 1. The maximum is multiplied in again as a constant, so that
+    layers without BatchNorm keep their range; with BatchNorm it makes no difference.
+    """
+
+    def grid(self, numel: int) -> Grid:
+        last = 2 * self.highest + 1  # 2^b - 1
+        return Grid(self._step_column(last.reciprocal()[:, None]), -last, last)
+
+    def _levels(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+        step, _, last = self.grid(1)
+        squashed = copies.tanh()
+        largest = squashed.detach().abs().amax((1, 2, 3, 4), keepdim=True).clamp(min=SMALLEST_STEP)
+        half = (last / 2)[:, None].expand(copies.shape[:2])
+        index = clip_round(squashed / largest, half, half, torch.zeros_like(last), last)
+        scale = torch.where(self.is_quantized, largest.flatten(), 1.0)
+        return 2 * index - last.view(-1, 1, 1, 1, 1), step * scale[:, None]
+
+
+# --- Activations ------------------------------------------------------------------------------------------------------
+
+
+class ActivationQuantizer(Quantizer):
+    """Grids of a layer's input, picked per image; unsigned grids are also the ReLU before the layer."""
+
+    def forward(self, x: Affine | Tensor, choice: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Levels [B, C, H, W], and step sizes [K] (None if no choice is quantized).
+
+        `choice` [B] indexes the K choices; it may be None where there is only one.
+        """
+        x = as_affine(x)
+        if not self.any_quantized:
+            return self._unquantized(x), None
+        images, channels = x.shape[:2]
+        step, lowest, highest = self.grid(x.y[0].numel())
+        own_step = of_images(step, choice, images)  # [B, 1]
+        scale = own_step.reciprocal() if x.scale is None else x.scale / own_step
+        shift = torch.zeros_like(scale) if x.shift is None else x.shift / own_step
+        tables = (table.expand(images, channels) for table in (scale, shift))
+        ends = (of_images(end, choice, images) for end in (lowest, highest))
+        levels = clip_round(x.y, *tables, *ends)
+        if not self.all_quantized:
+            on = of_images(self.is_quantized, choice, images)
+            levels = torch.where(on.view(-1, 1, 1, 1), levels, self._unquantized(x))
+        return levels, step.squeeze(1)
+
+    def _unquantized(self, x: Affine) -> Tensor:
+        return x.value() if self.signed else F.relu(x.value())
+
+
+class LsqActivations(ActivationQuantizer):
+    """LSQ: a learned step size per choice."""
 
     def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
-        super().__init__(bits, signed=signed, learn_zero_point=signed)
+        super().__init__(bits, signed=signed)
+        if self.any_quantized:
+            self.log_step = nn.Parameter(torch.full((len(bits),), math.nan))
 
-    def forward(self, x: Tensor, choice: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Levels like x [B, ...] and step sizes [B] (None if no choice is quantized).
+    def grid(self, numel: int) -> Grid:
+        step = _lsq_step(self.log_step[:, None], numel, self.highest)
+        return Grid(self._step_column(step), self.lowest, self.highest)
 
-        `choice` [B] indexes the K choices; it may be None where there is only one, then the step sizes are [1].
-        """
-        if not self.any_quantized:
-            return x, None
-        table = [self.steps(x[0].numel()), self.lowest, self.highest]
-        if self.zero_point is not None:
-            table.append(self.zero_point)
-        if choice is not None:
-            table = [column[choice] for column in table]
-        shape = (-1,) + (1,) * (x.dim() - 1)
-        levels, step = to_grid(x, *(column.view(shape) for column in table)), table[0]
-        if not self.all_quantized:
-            on = self.is_quantized if choice is None else self.is_quantized[choice]
-            levels = torch.where(on.view(shape), levels, x)
-        return levels, step
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        if self.any_quantized:
+            self.log_step.copy_(_first_lsq_step(x.abs().mean()[None, None], self.highest).log().squeeze(1))
+
+
+class LsqPlusActivations(LsqActivations):
+    """LSQ+: a learned zero-point per choice as well, for inputs not behind a ReLU; the grid spans min to max."""
+
+    def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
+        super().__init__(bits, signed=signed)
+        self.zero_point = nn.Parameter(torch.zeros(len(bits))) if signed and self.any_quantized else None
+
+    def grid(self, numel: int) -> Grid:
+        step, lowest, highest = super().grid(numel)
+        if self.zero_point is None:
+            return Grid(step, lowest, highest)
+        zero_point = self.zero_point + (self.zero_point.round() - self.zero_point).detach()  # straight-through
+        return Grid(step, lowest - zero_point, highest - zero_point)  # the shift of a rounded zero-point, no more
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        if self.zero_point is None:
+            super().initialize(x)
+            return
+        low, high = torch.aminmax(x)
+        step = ((high - low) / (self.highest - self.lowest)).clamp(min=SMALLEST_STEP)
+        self.zero_point.copy_((self.lowest - low / step).round())
+        self.log_step.copy_(step.log())
+
+
+class PactActivations(ActivationQuantizer):
+    """PACT: clipped to [0, alpha], or [-alpha, alpha] if signed, with a learned alpha per choice that starts at 10.
+
+    Alpha learns from clipped values alone (PACT, equation 3): the step size alpha / highest level is a constant to the
+    gradient, and the ends of the range are not.
+    """
+
+    def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
+        super().__init__(bits, signed=signed)
+        if self.any_quantized:
+            self.log_alpha = nn.Parameter(torch.full((len(bits),), math.log(PACT_FIRST_END)))
+
+    def grid(self, numel: int) -> Grid:
+        alpha = self.log_alpha.exp()
+        relative = alpha / alpha.detach()  # 1, with alpha's gradient
+        step = (alpha.detach() / self.highest)[:, None]
+        lowest = -self.highest * relative if self.signed else self.lowest
+        return Grid(self._step_column(step), lowest, self.highest * relative)
+
+
+class DoReFaActivations(ActivationQuantizer):
+    """DoReFa: clamped to [0, 1], or [-1, 1] if signed; nothing is learned."""
+
+    def grid(self, numel: int) -> Grid:
+        step = self._step_column(self.highest.reciprocal()[:, None])
+        return Grid(step, -self.highest if self.signed else self.lowest, self.highest)
+
+
+# --- Helpers ----------------------------------------------------------------------------------------------------------
+
+
+def weight_quantizer(name: QuantizerName, bits: Sequence[int], channels: int = 1) -> WeightQuantizer:
+    """The quantizer `name` of a weight; `channels` above 1: a step size per output channel (LSQ only)."""
+    return LsqWeights(bits, channels) if name in ("lsq_plus", "lsq") else DoReFaWeights(bits)
+
+
+def activation_quantizer(name: QuantizerName, bits: Sequence[int], *, signed: bool) -> ActivationQuantizer:
+    """The quantizer `name` of a layer's input; `signed`: the input is not behind a ReLU."""
+    kinds = {
+        "lsq_plus": LsqPlusActivations,
+        "lsq": LsqActivations,
+        "pact": PactActivations,
+        "dorefa": DoReFaActivations,
+    }
+    return kinds[name](bits, signed=signed)
+
+
+def of_images(table: Tensor, choice: Tensor | None, images: int) -> Tensor:
+    """Rows of a table [K, ...] for B images, [B, ...]; without `choice` [B] the table has one row for all."""
+    return table.expand(images, *table.shape[1:]) if choice is None else table[choice]
+
+
+def _lsq_step(log_step: Tensor, numel: int, highest: Tensor) -> Tensor:
+    """Step sizes [K, C] whose gradient is scaled by 1 / sqrt(numel * highest level) (LSQ, section 2.2)."""
+    scale = (numel * highest).rsqrt()[:, None]
+    return (log_step * scale + (log_step * (1 - scale)).detach()).exp()
+
+
+def _first_lsq_step(magnitude: Tensor, highest: Tensor) -> Tensor:
+    """2 * mean|x| / sqrt(highest level), [K, C], from mean|x| [K or 1, C] (LSQ, section 2.1)."""
+    return (2 * magnitude / highest.sqrt()[:, None]).clamp(min=SMALLEST_STEP)

@@ -1,20 +1,30 @@
 """A convolution with per-choice BatchNorm that runs every image of a batch at its own bit choice, computed once.
 
-One weight is shared by all choices; step sizes and BatchNorm exist per choice. K = 1 is an ordinary quantized
-convolution, and K = 1 at 32 bits an ordinary one: the full-precision network is built of the same parts.
+Weights are shared by all choices or separate for each; step sizes and BatchNorm exist per choice. K = 1 is an ordinary
+quantized convolution, and K = 1 at 32 bits an ordinary one: the full-precision network is built of the same parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instaqnas.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from instaqnas.quant.fused import moments
+from instaqnas.quant.quantizers import (
+    Affine,
+    QuantizerName,
+    activation_quantizer,
+    as_affine,
+    of_images,
+    weight_quantizer,
+)
 
 BitChoice = tuple[int, int]
+WeightSharing = Literal["shared", "separate"]
 
 
 def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
@@ -43,7 +53,8 @@ def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, group
 class PerChoiceBatchNorm(nn.Module):
     """BatchNorm with its own parameters and statistics for each of K choices; an image takes part in its choice's.
 
-    The input comes as integer sums with one factor per image still to be multiplied in; normalisation absorbs it.
+    The input comes as integer sums with one factor per choice still to be multiplied in; normalisation absorbs it, and
+    is itself left to the reader of the result.
     """
 
     def __init__(self, channels: int, choices: int, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
@@ -54,47 +65,50 @@ class PerChoiceBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(choices, channels))
         self.register_buffer("running_var", torch.ones(choices, channels))
 
-    def forward(self, y: Tensor, factor: Tensor | None, choice: Tensor | None) -> Tensor:
+    def forward(self, y: Tensor, factor: Tensor | None, choice: Tensor | None) -> Affine:
         """Normalised `factor * y`.
 
         Args:
             y: [B, C, H, W].
-            factor: [B] or [1], or None for 1.
+            factor: [K, 1] or [K, C], or None for 1.
             choice: [B] indices of the K choices; None where K = 1.
         """
-        if self.training and choice is None:
-            y = y if factor is None else y * factor.view(-1, 1, 1, 1)
+        if self.training and choice is None and factor is None:
             statistics = (self.running_mean[0], self.running_var[0])
-            return F.batch_norm(y, *statistics, self.weight[0], self.bias[0], True, self.momentum, self.eps)  # noqa: FBT003
-        mean, var = self._batch_moments(y, factor, choice) if self.training else (self.running_mean, self.running_var)
+            return Affine(
+                F.batch_norm(y, *statistics, self.weight[0], self.bias[0], True, self.momentum, self.eps)  # noqa: FBT003
+            )
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            y, mean, var = self._batch_statistics(y, factor, choice)
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        if choice is not None:
-            scale, shift = scale[choice], shift[choice]  # [B, C]
         if factor is not None:
-            scale = scale * factor[:, None]
-        return torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None])
+            scale = scale * factor
+        return Affine(y, of_images(scale, choice, len(y)), of_images(shift, choice, len(y)))
 
-    def _batch_moments(self, y: Tensor, factor: Tensor | None, choice: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance [K, C] over the images of each choice, from per-image moments; updates the running ones."""
-        values = y.flatten(2)
-        pixels = values.shape[2]
-        image_mean = values.sum(2) / pixels  # [B, C]
-        # E[y^2] - E[y]^2: on a CPU a tenth of the time of torch.var_mean, and close enough for what is nearly centred.
-        image_var = (torch.linalg.vecdot(values, values) / pixels - image_mean**2).clamp(min=0)
+    def _batch_statistics(
+        self, y: Tensor, factor: Tensor | None, choice: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`y`, to be read on, and the mean and variance [K, C] of `factor * y` over the images of each choice.
+
+        Updates the running statistics.
+        """
+        y, sums, squares = moments(y)
+        choice = choice if choice is not None else torch.zeros(len(y), dtype=torch.int64, device=y.device)
+        member = F.one_hot(choice, len(self.weight)).T.to(sums.dtype)  # [K, B]
+        pixels = member.sum(1, keepdim=True) * y[0, 0].numel()  # [K, 1]
+        mean = member @ sums / pixels.clamp(min=1)
+        # E[y^2] - E[y]^2: one pass over memory, and close enough for what is nearly centred.
+        var = (member @ squares / pixels.clamp(min=1) - mean**2).clamp(min=0)
         if factor is not None:
-            image_var, image_mean = image_var * factor[:, None] ** 2, image_mean * factor[:, None]
-        member = F.one_hot(choice, len(self.weight)).to(y.dtype)  # [B, K]
-        images = member.sum(0)[:, None]  # [K, 1]
-        share = (member / images.clamp(min=1).T).T  # [K, B]
-        mean = share @ image_mean
-        var = share @ (image_var + (image_mean - mean[choice]) ** 2)  # law of total variance
+            mean, var = mean * factor, var * factor**2
         with torch.no_grad():
-            rate = self.momentum * (images > 0)
-            unbiased = var * (images * pixels) / (images * pixels - 1).clamp(min=1)
+            rate = self.momentum * (pixels > 0)
+            unbiased = var * pixels / (pixels - 1).clamp(min=1)
             self.running_mean += rate * (mean - self.running_mean)
             self.running_var += rate * (unbiased - self.running_var)
-        return mean, var
+        return y, mean, var
 
 
 class SwitchableConv2d(nn.Module):
@@ -104,7 +118,10 @@ class SwitchableConv2d(nn.Module):
         in_channels, out_channels, kernel_size, stride, groups: as in `torch.nn.Conv2d`; padding keeps the size.
         choices: the K bit choices; with one, `forward` needs no choice.
         batch_norm: BatchNorm per choice instead of a bias.
-        signed_input: the input is not behind a ReLU.
+        signed_input: the input is not behind a ReLU; otherwise the layer applies one to its input.
+        quantizer: how weights and inputs are quantized.
+        weights: one weight `shared` by all choices, or a `separate` one for each.
+        per_channel: a step size per output channel of the weight (LSQ only).
     """
 
     def __init__(
@@ -118,18 +135,25 @@ class SwitchableConv2d(nn.Module):
         groups: int = 1,
         batch_norm: bool = True,
         signed_input: bool = False,
+        quantizer: QuantizerName = "lsq_plus",
+        weights: WeightSharing = "shared",
+        per_channel: bool = False,
     ) -> None:
         super().__init__()
         self.choices = tuple(choices)
         self.stride, self.padding, self.groups = stride, kernel_size // 2, groups
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        weight = torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size)
+        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+        if weights == "separate" and len(self.choices) > 1:
+            weight = weight.repeat(len(self.choices), 1, 1, 1, 1)
+        self.weight = nn.Parameter(weight)
         self.bias = None if batch_norm else nn.Parameter(torch.zeros(out_channels))
         self.norm = PerChoiceBatchNorm(out_channels, len(self.choices)) if batch_norm else None
-        self.weight_quantizer = WeightQuantizer([weight_bits for weight_bits, _ in self.choices])
-        self.input_quantizer = ActivationQuantizer([bits for _, bits in self.choices], signed=signed_input)
+        weight_bits, input_bits = zip(*self.choices, strict=True)
+        self.weight_quantizer = weight_quantizer(quantizer, weight_bits, out_channels if per_channel else 1)
+        self.input_quantizer = activation_quantizer(quantizer, input_bits, signed=signed_input)
 
-    def forward(self, x: Tensor, choice: Tensor | None = None) -> Tensor:
+    def forward(self, x: Affine | Tensor, choice: Tensor | None = None) -> Affine:
         """[B, in, H, W] -> [B, out, H', W'], image b at bit choice `choice[b]`; `choice` [B] is unused where K = 1."""
         if len(self.choices) == 1:
             choice = None
@@ -139,18 +163,17 @@ class SwitchableConv2d(nn.Module):
             y = F.conv2d(x, weight[0], stride=self.stride, padding=self.padding, groups=self.groups)
         else:
             y = per_image_conv2d(x, weight.index_select(0, choice), self.stride, self.padding, self.groups)
-            weight_step = None if weight_step is None else weight_step[choice]
-        factor = _product(input_step, weight_step)
+        factor = _product(None if input_step is None else input_step[:, None], weight_step)  # [K, 1] or [K, out]
         if self.norm is not None:
             return self.norm(y, factor, choice)
-        if factor is not None:
-            y = y * factor.view(-1, 1, 1, 1)
-        return y + self.bias[:, None, None]
+        scale = torch.ones_like(self.bias)[None] if factor is None else of_images(factor, choice, len(y))
+        return Affine(y, scale, self.bias[None])
 
-    def initialize_steps(self, x: Tensor) -> None:
-        """Takes the first step sizes from the weight and from an input `x` [B, in, H, W]."""
+    def initialize_steps(self, x: Affine | Tensor) -> None:
+        """Takes what the quantizers learn from the weight and from an input `x` [B, in, H, W]."""
         self.weight_quantizer.initialize(self.weight)
-        self.input_quantizer.initialize(x)
+        x = as_affine(x).value()
+        self.input_quantizer.initialize(x if self.input_quantizer.signed else F.relu(x))
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 
 from instaqnas.config import Config, parse_command
 from instaqnas.data.voc import VOC_CLASSES, read_class_names
-from instaqnas.detector.ssd import POSITIONS, DetectorBits, detector_layers
+from instaqnas.detector.ssd import DetectorBits, detector_layers
 from instaqnas.errors import exit_on_input_error
 from instaqnas.policy.network import policy_layers
 from instaqnas.quant.bitops import CostTable, LayerCost
@@ -67,9 +67,9 @@ def profile(config: Config, class_names: tuple[str, ...]) -> Profile:
     detector = experiment.quantized_detector()
     quantized = detector_layers(detector)
     layers = [replace(layer, choices=same.choices) for layer, same in zip(full, quantized, strict=True)]
-    costs = CostTable(layers, POSITIONS)
+    costs = CostTable(layers, detector.positions)
     uniform = {
-        choice_name(choice): costs.gbitops(torch.full((1, len(POSITIONS)), k)).item()
+        choice_name(choice): costs.gbitops(torch.full((1, len(detector.positions)), k)).item()
         for k, choice in enumerate(detector.choices)
     }
     return Profile(layers, uniform, policy_layers(experiment.policy(), detector.image_size))

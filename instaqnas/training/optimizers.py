@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from instaqnas.config import TrainConfig
-from instaqnas.quant.quantizers import StepSizes
+from instaqnas.quant.quantizers import Quantizer
 from instaqnas.quant.switchable import SwitchableConv2d
 
 
 def parameter_groups(network: nn.Module, settings: TrainConfig) -> list[dict]:
     """Convolution weights with weight decay; BatchNorm and biases without; step sizes without, at their own rate."""
     weights = {m.weight for m in network.modules() if isinstance(m, SwitchableConv2d)}
-    steps = {p for m in network.modules() if isinstance(m, StepSizes) for p in m.parameters()}
+    steps = {p for m in network.modules() if isinstance(m, Quantizer) for p in m.parameters()}
     named = [p for p in network.parameters() if p.requires_grad]  # a set has no order to rely on
     groups = [
         {"params": [p for p in named if p in weights], "weight_decay": settings.weight_decay},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,12 +20,13 @@ from instaqnas.config import Command, Config, TrainConfig, differences, to_plain
 from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, collate, make_loader
 from instaqnas.data.transforms import SampleTransform, eval_transform, flip_transform, train_transform
 from instaqnas.data.voc import read_class_names, read_split
-from instaqnas.detector.ssd import POSITIONS, DetectorBits, SwitchableSSD, copy_weights, detector_costs
+from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, copy_weights, detector_costs, position_count
 from instaqnas.errors import InputError
 from instaqnas.policy import reward as rewards
 from instaqnas.policy.bit_config import ChooseBits, fixed, greedy_by, sampled_by, uniformly_random
 from instaqnas.policy.network import PolicyNet, policy_gbitops
 from instaqnas.quant.bitops import CostTable
+from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.switchable import calibrate
 from instaqnas.seeds import derived_seed, generator
 from instaqnas.training.checkpoint import load_checkpoint
@@ -70,6 +71,8 @@ class Experiment:
     def detector(self, bits: DetectorBits) -> SwitchableSSD:
         """A detector on the device; first weights from the seed."""
         settings = self.config.detector
+        # Quantized layers are batched products over [channels, pixels], which want the ordinary layout.
+        channels_last = self.config.runtime.channels_last and bits.quantize_nothing
         torch.manual_seed(derived_seed(self.config.seed, "detector"))
         return SwitchableSSD(
             len(self.class_names) + 1,
@@ -78,19 +81,20 @@ class Experiment:
             width=settings.width,
             extras_batch_norm=settings.extras_batch_norm,
             box_sizes=settings.box_sizes,
-        ).to(self.device, memory_format=torch.channels_last if bits.quantize_nothing else torch.contiguous_format)
+            amp=self.config.runtime.amp,
+        ).to(self.device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def quantized_detector(self) -> SwitchableSSD:
         """The detector at the bits of the config."""
         bits = self.config.bits
-        return self.detector(DetectorBits(bits.choices, bits.stem, bits.depthwise, bits.extras, bits.heads))
+        return self.detector(DetectorBits(**{item.name: getattr(bits, item.name) for item in fields(bits)}))
 
     def policy(self) -> PolicyNet:
         """The policy network on the device; first weights from the seed."""
         settings = self.config.policy
         torch.manual_seed(derived_seed(self.config.seed, "policy"))
         policy = PolicyNet(
-            len(POSITIONS),
+            position_count(self.config.bits.positions),
             len(self.config.bits.choices),
             pool=settings.pool,
             width=settings.width,
@@ -141,11 +145,12 @@ class Experiment:
     def choose_random(self, *purpose: int | str) -> ChooseBits:
         """Uniformly random configurations from a stream of their own."""
         random = generator(self.config.seed, *purpose)
-        return uniformly_random(len(POSITIONS), len(self.config.bits.choices), random)
+        positions = position_count(self.config.bits.positions)
+        return uniformly_random(positions, len(self.config.bits.choices), random)
 
-    def choose_fixed(self, choice: int = 0) -> ChooseBits:
-        """The same choice at every position."""
-        return fixed([choice] * len(POSITIONS))
+    def choose_fixed(self, detector: SwitchableSSD, choice: int = 0) -> ChooseBits:
+        """The same choice at every position of `detector`."""
+        return fixed([choice] * len(detector.positions))
 
     def evaluate(
         self, detector: SwitchableSSD, loader: DetectionLoader, choose_bits: ChooseBits, policy_cost: float = 0.0
@@ -278,7 +283,7 @@ def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
     run_dir = RunDir(command.run, "pretrain_fp32", experiment.plain, experiment.class_names, restart=command.restart)
     detector = experiment.detector(DetectorBits.full_precision())
     training = DetectorTraining.begin(experiment, run_dir, detector, command.config.pretrain_fp32)
-    choose = experiment.choose_fixed()
+    choose = experiment.choose_fixed(detector)
 
     def train_epoch(epoch: int) -> EpochResult:
         result = training.epoch(epoch, choose)
@@ -414,7 +419,7 @@ def _evaluate_row(experiment: Experiment, command: Command, name: str, loader: D
         source = command.init or finished_checkpoint(command.run, "pretrain_fp32", config.pretrain_fp32, "pretrain.py")
         detector = experiment.detector(DetectorBits.full_precision())
         load_network(experiment, detector, "detector", source, stages=FULL_PRECISION_STAGES)
-        report = experiment.evaluate(detector, loader, experiment.choose_fixed())
+        report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector))
         return ReportRow(name, source, detector.choices, report)
     detector = experiment.quantized_detector()
     if name == "policy":
@@ -430,7 +435,7 @@ def _evaluate_row(experiment: Experiment, command: Command, name: str, loader: D
         choose, policy_cost = experiment.choose_random("eval"), 0.0
         if name != "random":
             choice = [choice_name(c) for c in config.bits.choices].index(name.removeprefix("uniform:"))
-            choose = experiment.choose_fixed(choice)
+            choose = experiment.choose_fixed(detector, choice)
     load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
     return ReportRow(name, source, detector.choices, experiment.evaluate(detector, loader, choose, policy_cost))
 
@@ -439,7 +444,14 @@ def _start(command: Command) -> Experiment:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.captureWarnings(capture=True)
     keep_freed_memory()
-    return Experiment(command.config)
+    if command.config.runtime.threads:
+        torch.set_num_threads(command.config.runtime.threads)
+    experiment = Experiment(command.config)
+    try:
+        compile_passes(command.config.runtime.compile, experiment.device)
+    except RuntimeError as error:
+        raise InputError(f"runtime.compile: {error}") from error
+    return experiment
 
 
 def finished_checkpoint(run: Path, stage: str, settings: TrainConfig, script: str) -> Path:

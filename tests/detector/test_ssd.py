@@ -10,7 +10,7 @@ from torchvision.ops import box_convert, box_iou
 
 from instaqnas.detector.default_boxes import decode
 from instaqnas.detector.mobilenet import scaled_channels
-from instaqnas.detector.ssd import POSITIONS, DetectorBits, SwitchableSSD, copy_weights
+from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, copy_weights
 from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate
 
 CHOICES = [(2, 2), (3, 4), (4, 4)]
@@ -85,11 +85,11 @@ def test_channels_under_a_width_multiplier_are_multiples_of_eight() -> None:
 
 def test_positions_name_the_pointwise_convolutions_in_order() -> None:
     detector = small(SWITCHABLE)
-    assert len(POSITIONS) == 13
+    assert len(detector.positions) == 13
     switchable = [
         name for name, m in detector.named_modules() if isinstance(m, SwitchableConv2d) and len(m.choices) > 1
     ]
-    assert switchable == list(POSITIONS)
+    assert switchable == list(detector.positions)
 
 
 # --- Forward ----------------------------------------------------------------------------------------------------------

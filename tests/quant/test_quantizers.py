@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from instaqnas.quant.quantizers import ActivationQuantizer, StepSizes, WeightQuantizer, level_range, to_grid
+from instaqnas.quant.fused import clip_round
+from instaqnas.quant.quantizers import LsqPlusActivations, LsqWeights, Quantizer, level_range
 
 BITS = tuple(range(2, 9))
 HAND_RANGES = {  # bits: (signed), (unsigned)
@@ -31,6 +32,17 @@ def row(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor([[float(value)]], dtype=dtype)
 
 
+def to_grid(x: Tensor, step: Tensor, lowest: Tensor, highest: Tensor, zero: Tensor | None = None) -> Tensor:
+    """Levels of x [n, ...] on the grids of table columns [n, 1, ...] or [1, 1, ...], by the function under test."""
+    scale, lowest, highest = (table.flatten().expand(len(x)) for table in (1 / step, lowest, highest))
+    if zero is not None:
+        shift = round_straight_through(zero).flatten().expand(len(x))
+        lowest, highest = lowest - shift, highest - shift
+    return clip_round(x.reshape(len(x), 1, -1), scale[:, None], torch.zeros_like(scale)[:, None], lowest, highest).view(
+        x.shape
+    )
+
+
 def grid_of(x: Tensor, step: float, bits: int, signed: bool, zero_point: float | None = None) -> Tensor:
     lowest, highest = hand_range(bits, signed)
     zero = None if zero_point is None else row(zero_point, x.dtype)
@@ -48,9 +60,9 @@ def naive_fake_quantize(x: Tensor, step: Tensor, lowest: Tensor, highest: Tensor
     return (round_straight_through(clipped) - zero) * step
 
 
-def with_steps(quantizer: StepSizes, steps: list[float], zero_points: list[float] | None = None) -> StepSizes:
+def with_steps(quantizer: Quantizer, steps: list[float], zero_points: list[float] | None = None) -> Quantizer:
     with torch.no_grad():
-        quantizer.log_step.copy_(torch.tensor(steps).log())
+        quantizer.log_step.copy_(torch.tensor(steps).log().view_as(quantizer.log_step))
         if zero_points is not None:
             quantizer.zero_point.copy_(torch.tensor(zero_points))
     return quantizer
@@ -91,20 +103,20 @@ def test_a_zero_point_between_integers_is_rounded() -> None:
 
 def test_the_weight_quantizer_returns_every_representable_grid_of_its_table_unchanged() -> None:
     steps = [0.01 * 2**k * 1.1 for k in range(len(BITS))]
-    quantizer = with_steps(WeightQuantizer(BITS), steps)
+    quantizer = with_steps(LsqWeights(BITS), steps)
     for k, bits in enumerate(BITS):
         lowest, highest = hand_range(bits, True)
         levels = torch.arange(lowest, highest + 1).float().view(2, -1, 1, 1)
         grids, step = quantizer(levels * steps[k])
         assert grids.shape == (len(BITS), *levels.shape)
         assert torch.equal(grids[k], levels)
-        torch.testing.assert_close(step, torch.tensor(steps))
+        torch.testing.assert_close(step[:, 0], torch.tensor(steps))
 
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_activation_quantizer_gives_every_image_the_grid_of_its_choice(signed: bool) -> None:
     steps, zeros = [0.5 / (k + 1) for k in range(len(BITS))], [float(k % 3 - 1) for k in range(len(BITS))]
-    quantizer = with_steps(ActivationQuantizer(BITS, signed=signed), steps, zeros if signed else None)
+    quantizer = with_steps(LsqPlusActivations(BITS, signed=signed), steps, zeros if signed else None)
     choice = torch.tensor([6, 0, 3, 3, 1, 2, 4, 5, 0])
     levels = torch.empty(len(choice), 1, 16, 16)
     for image, k in enumerate(choice.tolist()):
@@ -114,7 +126,7 @@ def test_the_activation_quantizer_gives_every_image_the_grid_of_its_choice(signe
     own_steps = torch.tensor(steps)[choice]
     grids, step = quantizer(levels * own_steps.view(-1, 1, 1, 1), choice)
     assert torch.equal(grids, levels)
-    torch.testing.assert_close(step, own_steps)
+    torch.testing.assert_close(step[choice], own_steps)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -235,16 +247,19 @@ def test_values_and_gradients_equal_torchs_learnable_fake_quantization(bits: int
     expected = torch._fake_quantize_learnable_per_tensor_affine(*theirs, lowest, highest, factor)
     expected.backward(upstream)
 
-    quantizer = with_steps(WeightQuantizer([bits]) if signed else ActivationQuantizer([bits], signed=False), [step])
+    quantizer = with_steps(LsqWeights([bits]) if signed else LsqPlusActivations([bits], signed=False), [step])
     own = x.clone().requires_grad_()
-    levels, own_step = quantizer(own) if signed else quantizer(own[None], None)
-    fake = levels.flatten() * own_step
+    four = own.view(1, -1, 1, 1)
+    levels, own_step = quantizer(four) if signed else quantizer(four, None)
+    fake = levels.flatten() * own_step.flatten()
     fake.backward(upstream)
 
     torch.testing.assert_close(fake, expected)
     torch.testing.assert_close(own.grad, theirs[0].grad)
     # the step size is held as a logarithm: one more factor `step`
-    torch.testing.assert_close(quantizer.log_step.grad, theirs[1].grad * step, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        quantizer.log_step.grad, theirs[1].grad.view_as(quantizer.log_step) * step, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_zero_point_gradient_equals_torchs_learnable_fake_quantization() -> None:
@@ -262,7 +277,7 @@ def test_zero_point_gradient_equals_torchs_learnable_fake_quantization() -> None
 @pytest.mark.parametrize("bits", BITS)
 def test_step_gradient_of_a_weight_is_scaled_by_its_size_and_highest_level(bits: int) -> None:
     highest, step, numel = hand_range(bits, True)[1], 0.25, 24
-    quantizer = with_steps(WeightQuantizer([bits]), [step])
+    quantizer = with_steps(LsqWeights([bits]), [step])
     levels, own_step = quantizer(torch.full((2, 3, 2, 2), 1e3))  # every weight at the highest level
     (levels[0] * own_step[0]).sum().backward()
     # d/dlog(step) = step * numel * highest, scaled by 1 / sqrt(numel * highest)
@@ -271,15 +286,16 @@ def test_step_gradient_of_a_weight_is_scaled_by_its_size_and_highest_level(bits:
 
 def test_step_gradient_of_an_input_is_scaled_by_the_size_of_one_image_not_of_the_batch() -> None:
     images, numel, step, highest = 6, 20, 0.5, 15
-    quantizer = with_steps(ActivationQuantizer([4, 4], signed=False), [step, step])
-    levels, steps = quantizer(torch.full((images, 5, 2, 2), 1e3), torch.tensor([0, 0, 0, 0, 1, 1]))
-    (levels * steps.view(-1, 1, 1, 1)).sum().backward()
+    quantizer = with_steps(LsqPlusActivations([4, 4], signed=False), [step, step])
+    choice = torch.tensor([0, 0, 0, 0, 1, 1])
+    levels, steps = quantizer(torch.full((images, 5, 2, 2), 1e3), choice)
+    (levels * steps[choice].view(-1, 1, 1, 1)).sum().backward()
     one_image = step * math.sqrt(numel * highest)
     assert quantizer.log_step.grad.tolist() == pytest.approx([4 * one_image, 2 * one_image], rel=1e-5)
 
 
 def test_a_zero_gradient_leaves_zeros_and_no_nan() -> None:
-    weights, inputs = WeightQuantizer([2, 32, 8]), ActivationQuantizer([3, 32, 8], signed=True)
+    weights, inputs = LsqWeights([2, 32, 8]), LsqPlusActivations([3, 32, 8], signed=True)
     weight, x = torch.zeros(2, 3, 1, 1, requires_grad=True), torch.zeros(4, 3, 2, 2, requires_grad=True)
     weights.initialize(weight)
     inputs.initialize(x)
@@ -292,10 +308,11 @@ def test_a_zero_gradient_leaves_zeros_and_no_nan() -> None:
 
 
 def test_a_choice_that_no_image_takes_gets_no_gradient() -> None:
-    quantizer = with_steps(ActivationQuantizer([2, 4, 8], signed=True), [0.5, 0.2, 0.1], [0.0, 1.0, 0.0])
+    quantizer = with_steps(LsqPlusActivations([2, 4, 8], signed=True), [0.5, 0.2, 0.1], [0.0, 1.0, 0.0])
     x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 3
-    levels, step = quantizer(x, torch.tensor([2, 0, 2]))
-    (levels * step.view(-1, 1, 1, 1)).square().sum().backward()
+    choice = torch.tensor([2, 0, 2])
+    levels, step = quantizer(x, choice)
+    (levels * step[choice].view(-1, 1, 1, 1)).square().sum().backward()
     assert quantizer.log_step.grad[1] == 0
     assert quantizer.zero_point.grad[1] == 0
     assert (quantizer.log_step.grad[[0, 2]] != 0).all()
@@ -306,7 +323,7 @@ def test_a_choice_that_no_image_takes_gets_no_gradient() -> None:
 
 def test_32_bits_quantize_nothing_and_have_no_parameters() -> None:
     weight, x = torch.randn(4, 3, 1, 1), torch.randn(2, 3, 4, 4)
-    weights, inputs = WeightQuantizer([32]), ActivationQuantizer([32], signed=True)
+    weights, inputs = LsqWeights([32]), LsqPlusActivations([32], signed=True)
     levels, weight_step = weights(weight)
     grid, input_step = inputs(x, None)
     assert torch.equal(levels[0], weight)
@@ -319,19 +336,20 @@ def test_32_bits_quantize_nothing_and_have_no_parameters() -> None:
 def test_32_bits_among_other_choices_pass_values_and_gradients_through() -> None:
     g = torch.Generator().manual_seed(1)
     weight = torch.randn(4, 3, 1, 1, generator=g, requires_grad=True)
-    weights = WeightQuantizer([2, 32, 8])
+    weights = LsqWeights([2, 32, 8])
     weights.initialize(weight)
     levels, step = weights(weight)
     assert torch.equal(levels[1], weight)
     assert step[1] == 1
     (levels[1] * step[1]).sum().backward()
     assert torch.equal(weight.grad, torch.ones_like(weight))
-    assert torch.equal(weights.log_step.grad, torch.zeros(3))
+    assert torch.equal(weights.log_step.grad, torch.zeros(3, 1))
 
     x = torch.randn(3, 3, 4, 4, generator=g, requires_grad=True)
-    inputs = ActivationQuantizer([2, 32, 8], signed=True)
+    inputs = LsqPlusActivations([2, 32, 8], signed=True)
     inputs.initialize(x)
     grid, steps = inputs(x, torch.tensor([1, 0, 1]))
+    steps = steps[[1, 0, 1]]
     assert torch.equal(grid[[0, 2]], x[[0, 2]])
     assert not torch.equal(grid[1], x[1])
     assert steps[[0, 2]].tolist() == [1, 1]
@@ -342,21 +360,21 @@ def test_32_bits_among_other_choices_pass_values_and_gradients_through() -> None
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_an_uncalibrated_quantizer_gives_nan_and_not_numbers(signed: bool) -> None:
-    levels, step = ActivationQuantizer([4, 8], signed=signed)(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
-    assert (levels * step.view(-1, 1, 1, 1)).isnan().all()
-    levels, step = WeightQuantizer([4])(torch.rand(2, 3, 1, 1))
+    levels, step = LsqPlusActivations([4, 8], signed=signed)(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))
+    assert levels.isnan().all()
+    levels, step = LsqWeights([4])(torch.rand(2, 3, 1, 1))
     assert (levels * step.view(-1, 1, 1, 1, 1)).isnan().all()
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_step_sizes_stay_positive_under_gradients_that_would_carry_a_plain_number_below_zero(optimizer: type) -> None:
-    quantizer = with_steps(WeightQuantizer([2, 4]), [0.01, 2.0])
+    quantizer = with_steps(LsqWeights([2, 4]), [0.01, 2.0])
     descent = optimizer(quantizer.parameters(), lr=1.0)
     for _ in range(30):
         descent.zero_grad()
-        (100 * quantizer.steps(9)).sum().backward()  # plain descent: 0.01 - 100 after one step
+        (100 * quantizer.grid(9).step).sum().backward()  # plain descent: 0.01 - 100 after one step
         descent.step()
-    steps = quantizer.steps(9)
+    steps = quantizer.grid(9).step.squeeze(1)
     assert (steps > 0).all()
     assert steps.isfinite().all()
     assert (steps < torch.tensor([0.01, 2.0])).all()
@@ -364,20 +382,20 @@ def test_step_sizes_stay_positive_under_gradients_that_would_carry_a_plain_numbe
 
 def test_first_step_sizes_are_twice_the_mean_over_the_root_of_the_highest_level() -> None:
     x = torch.tensor([1.0, -1.0, 2.0, 0.0]).view(4, 1, 1, 1)  # mean|x| = 1
-    weights = WeightQuantizer([2, 3, 8, 32])
+    weights = LsqWeights([2, 3, 8, 32])
     weights.initialize(x)
     expected = [2.0, 2 / math.sqrt(3), 2 / math.sqrt(127), 1.0]
-    assert weights.steps(4).tolist() == pytest.approx(expected, rel=1e-6)
-    inputs = ActivationQuantizer([2, 3, 8, 32], signed=False)
+    assert weights.grid(4).step.squeeze(1).tolist() == pytest.approx(expected, rel=1e-6)
+    inputs = LsqPlusActivations([2, 3, 8, 32], signed=False)
     inputs.initialize(x)
     expected = [2 / math.sqrt(3), 2 / math.sqrt(7), 2 / math.sqrt(255), 1.0]
-    assert inputs.steps(4).tolist() == pytest.approx(expected, rel=1e-6)
+    assert inputs.grid(4).step.squeeze(1).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_first_step_sizes_of_signed_inputs_span_minimum_to_maximum() -> None:
-    inputs = ActivationQuantizer([2, 4, 8], signed=True)
+    inputs = LsqPlusActivations([2, 4, 8], signed=True)
     inputs.initialize(torch.tensor([-1.0, 0.3, 3.0]).view(1, 1, 1, 3))
-    assert inputs.steps(3).tolist() == pytest.approx([4 / 3, 4 / 15, 4 / 255], rel=1e-6)
+    assert inputs.grid(3).step.squeeze(1).tolist() == pytest.approx([4 / 3, 4 / 15, 4 / 255], rel=1e-6)
     # lowest level + 1 / step, rounded: -2 + 0.75, -8 + 3.75, -128 + 63.75
     assert inputs.zero_point.tolist() == [-1, -4, -64]
 
@@ -385,17 +403,17 @@ def test_first_step_sizes_of_signed_inputs_span_minimum_to_maximum() -> None:
 @pytest.mark.parametrize("low, high", [(-1.0, 1.0), (-3.0, 0.5), (0.2, 5.0)])
 def test_after_calibration_on_its_range_a_signed_input_is_at_most_one_step_off(low: float, high: float) -> None:
     x = torch.linspace(low, high, 500).view(1, 1, 1, -1)
-    inputs = ActivationQuantizer([2, 3, 4, 8], signed=True)
+    inputs = LsqPlusActivations([2, 3, 4, 8], signed=True)
     inputs.initialize(x)
     for k in range(4):
         levels, step = inputs(x, torch.tensor([k]))
-        assert ((levels * step - x).abs() <= step * 1.001).all()
+        assert ((levels * step[k] - x).abs() <= step[k] * 1.001).all()
 
 
 def test_data_of_zeros_calibrate_to_a_positive_step() -> None:
-    for quantizer in (WeightQuantizer([4]), ActivationQuantizer([4], signed=True)):
+    for quantizer in (LsqWeights([4]), LsqPlusActivations([4], signed=True)):
         quantizer.initialize(torch.zeros(2, 2, 1, 1))
-        assert quantizer.steps(4).item() > 0
+        assert quantizer.grid(4).step.item() > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -403,10 +421,11 @@ def test_cuda_gives_the_levels_and_gradients_of_the_cpu() -> None:
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     results = []
     for device in ("cpu", "cuda"):
-        quantizer = with_steps(ActivationQuantizer([2, 4, 8], signed=True), [0.5, 0.2, 0.03], [0, 1, 0]).to(device)
+        quantizer = with_steps(LsqPlusActivations([2, 4, 8], signed=True), [0.5, 0.2, 0.03], [0, 1, 0]).to(device)
         own = x.to(device).requires_grad_()
-        levels, step = quantizer(own, torch.tensor([2, 0, 1], device=device))
-        (levels * step.view(-1, 1, 1, 1)).square().sum().backward()
+        choice = torch.tensor([2, 0, 1], device=device)
+        levels, step = quantizer(own, choice)
+        (levels * step[choice].view(-1, 1, 1, 1)).square().sum().backward()
         gradients = (own.grad, quantizer.log_step.grad, quantizer.zero_point.grad)
         results.append([t.detach().cpu() for t in (levels, *gradients)])
     for cpu, cuda in zip(*results, strict=True):

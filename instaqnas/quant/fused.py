@@ -1,0 +1,153 @@
+"""The elementwise passes of a quantized layer, each as one pass over memory, with their gradients.
+
+Beside its convolution a quantized layer costs memory traffic: statistics of BatchNorm, normalisation, ReLU, rounding.
+Two passes do it all. `moments` reads a feature map once; `clip_round` reads it once more and writes what the next
+convolution reads: normalisation and division by the step size are one multiply-add, and clipping at an unsigned grid's
+lowest level, 0, is the ReLU.
+
+Composed from torch operations each of them is three to five passes; `torch.compile` makes one loop of it
+(`compile_passes`). Only these few functions are compiled, not the network: seconds instead of minutes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+log = logging.getLogger(__name__)
+CompileMode = Literal["auto", "on", "off"]
+SMALL = 2**15  # elements up to which a pass is not worth a compiled function's call
+
+
+def clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """Levels clip(round(scale * y + shift), lowest, highest), like `y`, with straight-through rounding.
+
+    Gradients: where scale * y + shift lies inside the range, its ends included, that of the identity; outside, that of
+    the end that clips.
+
+    Args:
+        y: [B, C, ...].
+        scale, shift: [B, C].
+        lowest, highest: [B]; integers, but for what a learned range adds to their gradient.
+    """
+    return _ClipRound.apply(y.flatten(2), scale, shift, lowest, highest).view(y.shape)
+
+
+def moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`y` [B, C, ...] itself, and per image and channel the sum of its values and that of their squares, [B, C].
+
+    Read on from the `y` that is returned: then its gradient and those of the sums are joined in one pass.
+    """
+    same, sums, squares = _Moments.apply(y.flatten(2))
+    return same.view(y.shape), sums, squares
+
+
+class _ClipRound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+        ctx.save_for_backward(y, scale, shift, lowest, highest)
+        return _run(_clip_round, y, scale, shift, lowest, highest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, *table = ctx.saved_tensors
+        grad_y, grad_scale, grad_shift = _run(_clip_round_backward, grad, y, *table)
+        below = above = None
+        if any(ctx.needs_input_grad[3:]):
+            below, above = _run(_clip_round_bounds_backward, grad, y, *table)
+        return grad_y, grad_scale, grad_shift, below, above
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(y)
+        return y.view_as(y), *_run(_moments, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor, grad_sums: Tensor, grad_squares: Tensor) -> Tensor:
+        return _run(_moments_backward, grad_y, *ctx.saved_tensors, grad_sums, grad_squares)
+
+
+# --- The passes: y [B, C, N], tables [B, C] or [B] --------------------------------------------------------------------
+
+
+def _position(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Where `y` lies on the grid, in levels, before rounding."""
+    return torch.addcmul(shift[:, :, None], y.to(scale.dtype), scale[:, :, None])
+
+
+def _clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    levels = _position(y, scale, shift).round_().clamp_(lowest[:, None, None], highest[:, None, None])
+    return levels.to(y.dtype)
+
+
+def _clip_round_backward(
+    grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    position = _position(y, scale, shift)
+    inside = (position >= lowest[:, None, None]) & (position <= highest[:, None, None])
+    passed = torch.where(inside, grad.to(scale.dtype), 0.0)
+    return (passed * scale[:, :, None]).to(y.dtype), (passed * y).sum(2), passed.sum(2)
+
+
+def _clip_round_bounds_backward(
+    grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor
+) -> tuple[Tensor, Tensor]:
+    position = _position(y, scale, shift)
+    below = torch.where(position < lowest[:, None, None], grad.to(scale.dtype), 0.0)
+    above = torch.where(position > highest[:, None, None], grad.to(scale.dtype), 0.0)
+    return below.sum((1, 2)), above.sum((1, 2))
+
+
+def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    exact = y if y.dtype == torch.float64 else y.float()
+    return exact.sum(2), (exact * exact).sum(2)
+
+
+def _moments_backward(grad_y: Tensor, y: Tensor, grad_sums: Tensor, grad_squares: Tensor) -> Tensor:
+    through_sums = torch.addcmul(grad_sums[:, :, None], y.to(grad_sums.dtype), 2 * grad_squares[:, :, None])
+    return (grad_y + through_sums).to(y.dtype)
+
+
+# --- Compilation ------------------------------------------------------------------------------------------------------
+
+_compiled: dict[Callable, Callable] = {}
+
+
+def compile_passes(mode: CompileMode, device: torch.device) -> None:
+    """Compiles the passes for the whole process (`on`, and `auto` if this machine can), or runs them as they are.
+
+    Raises:
+        RuntimeError: mode `on`, and the compiler does not work.
+    """
+    _compiled.clear()
+    if mode == "off":
+        return
+    for function in (_clip_round, _clip_round_backward, _clip_round_bounds_backward, _moments, _moments_backward):
+        _compiled[function] = torch.compile(function, dynamic=True)
+    try:
+        with torch.no_grad():
+            clip_round(*(torch.ones(size, device=device) for size in ((2, 4, 2 * SMALL), (2, 4), (2, 4), (2,), (2,))))
+    # Whatever a missing or broken compiler raises, of which there is no list; the same error is raised again by `on`.
+    except Exception as error:
+        _compiled.clear()
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if mode == "on":
+            raise RuntimeError(f"torch.compile does not work here: {reason}") from error
+        log.info("torch.compile does not work here, quantized layers run slower: %s", reason)
+
+
+def _run(function: Callable, first: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
+    compiled = _compiled.get(function)
+    if compiled is None or first.numel() <= SMALL:
+        return function(first, *others)
+    # Compiled code is specialised to strides and to what needs a gradient: one kind of each.
+    return compiled(*(tensor.detach().contiguous() for tensor in (first, *others)))
