@@ -1,0 +1,138 @@
+"""The fused passes equal their formulas, differentiated by autograd, and compiled they equal themselves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from instaqnas.quant import fused
+from instaqnas.quant.fused import clip_round, compile_passes, moments
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled_afterwards() -> Iterator[None]:
+    yield
+    compile_passes("off", CPU)
+
+
+def tables(images: int, channels: int, dtype: torch.dtype) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    scale = torch.randn(images, channels, generator=g, dtype=dtype) + 2
+    shift = torch.randn(images, channels, generator=g, dtype=dtype)
+    bits = torch.arange(images) % 4 + 2
+    return [scale, shift, torch.zeros(images, dtype=dtype), (2.0**bits - 1).to(dtype)]
+
+
+def naive_clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    position = y * scale[:, :, None, None] + shift[:, :, None, None]
+    low, high = lowest.view(-1, 1, 1, 1), highest.view(-1, 1, 1, 1)
+    clipped = torch.where(position < low, low, torch.where(position > high, high, position))
+    return clipped + (clipped.round() - clipped).detach()
+
+
+def gradients(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    function(*leaves).backward(upstream)
+    return [leaf.grad for leaf in leaves]
+
+
+def test_levels_and_all_five_gradients_equal_autograd_of_the_formula() -> None:
+    y = torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inputs = [y, *tables(5, 3, torch.float64)]
+    assert torch.equal(clip_round(*inputs), naive_clip_round(*inputs))
+    for got, expected in zip(
+        gradients(clip_round, inputs, y.flip(0)), gradients(naive_clip_round, inputs, y.flip(0)), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_moments_are_sums_whose_gradient_joins_that_of_the_map() -> None:
+    y = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def normalised(y: Tensor, sums: Tensor, squares: Tensor) -> Tensor:
+        return y * squares[:, :, None, None] + sums.sin()[:, :, None, None]
+
+    ours = gradients(lambda y: normalised(*moments(y)), [y], y.flip(1))
+    naive = gradients(lambda y: normalised(y, y.sum((2, 3)), y.square().sum((2, 3))), [y], y.flip(1))
+    torch.testing.assert_close(ours, naive)
+
+
+def test_gradients_of_moments_pass_a_numerical_check() -> None:
+    y = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(moments, [y])
+
+
+def test_maps_in_half_precision_keep_levels_up_to_256_exact_and_sums_in_float32() -> None:
+    y = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale, shift, lowest, highest = tables(3, 2, torch.float32)
+    levels = clip_round(y, scale * 40, shift, lowest, torch.full_like(highest, 255))
+    expected = naive_clip_round(y.float(), scale * 40, shift, lowest, torch.full_like(highest, 255))
+    assert levels.dtype == torch.bfloat16
+    assert torch.equal(levels.float(), expected)
+    assert moments(y)[1].dtype == torch.float32
+
+
+def test_compiled_passes_equal_the_uncompiled_ones() -> None:
+    y = torch.randn(3, 4, 150, 150, generator=torch.Generator().manual_seed(0))
+    inputs = [y, *tables(3, 4, torch.float32)]
+    assert y.numel() > fused.SMALL  # or nothing would be compiled
+
+    def network(y: Tensor, *table: Tensor) -> Tensor:
+        same, sums, squares = moments(y)
+        return clip_round(same, *table) * (sums + squares)[:, :, None, None]
+
+    upstream = y.flip(2) / 1e4
+    plain = [network(*inputs), *gradients(network, inputs, upstream)]
+    compile_passes("auto", CPU)
+    if not fused._compiled:
+        pytest.skip("no compiler on this machine")
+    compiled = [network(*inputs), *gradients(network, inputs, upstream)]
+    # A position halfway between two levels may be rounded to either, once a multiply-add rounds once instead of twice.
+    moved = (plain[0] - compiled[0]).abs() > 1e-2 * plain[0].abs().clamp(min=1)
+    assert moved.double().mean() < 1e-5
+    for got, expected in zip(compiled[1:], plain[1:], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def broken_compiler(*_: object, **__: object) -> Callable:
+    def compiled(*_: object) -> None:
+        raise OSError("c++: no such compiler\nand more lines")
+
+    return compiled
+
+
+def test_without_a_compiler_auto_says_so_in_one_line_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "compile", broken_compiler)
+    with caplog.at_level(logging.INFO):
+        compile_passes("auto", CPU)
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch.compile does not work here, quantized layers run slower: c++: no such compiler"
+    ]
+    y = torch.randn(3, 4, 150, 150)
+    table = tables(3, 4, torch.float32)
+    assert torch.equal(clip_round(y, *table), naive_clip_round(y, *table))
+
+
+def test_without_a_compiler_on_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", broken_compiler)
+    with pytest.raises(RuntimeError, match="torch.compile does not work here: c\\+\\+: no such compiler"):
+        compile_passes("on", CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_equals_the_cpu() -> None:
+    y = torch.randn(3, 4, 150, 150, generator=torch.Generator().manual_seed(0))
+    inputs = [y, *tables(3, 4, torch.float32)]
+    cpu = gradients(clip_round, inputs, y.flip(2))
+    compile_passes("auto", torch.device("cuda"))
+    cuda = gradients(clip_round, [tensor.cuda() for tensor in inputs], y.flip(2).cuda())
+    for got, expected in zip(cuda, cpu, strict=True):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())

@@ -1,0 +1,237 @@
+"""LSQ, PACT and DoReFa: what their grids hold, and that every gradient is the one of their papers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from instaqnas.quant.quantizers import (
+    ActivationQuantizer,
+    Affine,
+    DoReFaActivations,
+    DoReFaWeights,
+    LsqActivations,
+    LsqPlusActivations,
+    LsqWeights,
+    PactActivations,
+    activation_quantizer,
+    weight_quantizer,
+)
+
+BITS = tuple(range(2, 9))
+NAMES = ("lsq_plus", "lsq", "pact", "dorefa")
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    return x + (x.round() - x).detach()
+
+
+def calibrated(name: str, bits: tuple[int, ...], *, signed: bool) -> ActivationQuantizer:
+    quantizer = activation_quantizer(name, bits, signed=signed)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 3, 5, 5, generator=g)
+    quantizer.initialize(x if signed else x.relu())
+    return quantizer.double()
+
+
+def fake(quantizer: ActivationQuantizer, x: Tensor, choice: Tensor) -> Tensor:
+    levels, step = quantizer(x, choice)
+    return levels * step[choice].view(-1, 1, 1, 1)
+
+
+def sample(images: int, *, signed: bool, seed: int = 0) -> Tensor:
+    x = torch.randn(images, 3, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+    return x if signed else x.relu()
+
+
+# --- Properties of all quantizers at all bit-widths -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_become_at_most_2_to_the_bits_integers_one_step_apart(name: str, signed: bool) -> None:
+    quantizer = calibrated(name, BITS, signed=signed)
+    for k, bits in enumerate(BITS):
+        x = torch.linspace(-30 if signed else 0, 30, 20001, dtype=torch.float64).view(1, 1, 1, -1)
+        levels, _ = quantizer(x, torch.tensor([k]))
+        found = levels.unique()
+        assert torch.equal(found, found.round())
+        assert (found.diff() == 1).all()
+        symmetric = signed and name in ("pact", "dorefa")  # no level without its negative
+        assert len(found) == 2**bits - symmetric
+        assert 0 in found
+        assert (levels.flatten().diff() >= 0).all()  # monotone
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_quantizing_a_quantized_input_changes_nothing(name: str, signed: bool) -> None:
+    quantizer = calibrated(name, BITS, signed=signed)
+    choice = torch.arange(len(BITS))
+    once = fake(quantizer, sample(len(BITS), signed=signed), choice)
+    torch.testing.assert_close(fake(quantizer, once, choice), once, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_become_integers_in_range_and_rise_with_the_weight(name: str) -> None:
+    quantizer = weight_quantizer(name, BITS)
+    weight = torch.randn(8, 5, 3, 3, generator=torch.Generator().manual_seed(2)).sort(0).values
+    quantizer.initialize(weight)
+    levels, step = quantizer(weight)
+    assert step.shape == (len(BITS), 1)
+    for k, bits in enumerate(BITS):
+        assert torch.equal(levels[k], levels[k].round())
+        assert (levels[k].diff(dim=0) >= 0).all()
+        lowest, highest = (
+            (1 - 2**bits, 2**bits - 1) if name in ("pact", "dorefa") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        )
+        assert lowest <= levels[k].min() < 0 < levels[k].max() <= highest
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_affine_map_is_absorbed_as_if_it_had_been_computed(name: str, signed: bool) -> None:
+    g = torch.Generator().manual_seed(3)
+    y = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64)
+    scale, shift = (torch.randn(4, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    choice = torch.tensor([0, 2, 1, 2])
+    upstream = torch.randn(y.shape, generator=g, dtype=torch.float64)
+    results = []
+    for lazy in (True, False):
+        quantizer = calibrated(name, (2, 4, 8), signed=signed)
+        leaves = [t.clone().requires_grad_() for t in (y, scale, shift)]
+        x = Affine(*leaves)
+        (fake(quantizer, x if lazy else x.value(), choice) * upstream).sum().backward()
+        results.append([leaf.grad for leaf in leaves] + [p.grad for p in quantizer.parameters()])
+    for absorbed, computed in zip(*results, strict=True):
+        torch.testing.assert_close(absorbed, computed, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_1000_adversarial_steps_leave_step_sizes_positive(name: str) -> None:
+    quantizers = [weight_quantizer(name, (2, 4, 8)), activation_quantizer(name, (2, 4, 8), signed=False)]
+    for quantizer in quantizers:
+        quantizer.initialize(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)).abs())
+    parameters = [p for quantizer in quantizers for p in quantizer.parameters()]
+    signs = torch.Generator().manual_seed(4)
+    descent = torch.optim.SGD(parameters, lr=0.05) if parameters else None
+    for _ in range(1000):
+        for parameter in parameters:  # pushes that a number held as itself would not survive
+            parameter.grad = torch.randn(parameter.shape, generator=signs) + 0.2
+        if descent is not None:
+            descent.step()
+    for quantizer in quantizers:
+        step = quantizer.grid(9).step
+        assert (step > 0).all()
+        assert step.isfinite().all()
+
+
+# --- PACT -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_pact_equals_its_paper_in_values_and_gradients(bits: int) -> None:
+    alpha = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    x = sample(1, signed=False, seed=bits).requires_grad_()
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
+    # equation 1, and the gradients of equation 3: 1 to alpha where x is clipped, else 0
+    clipped = torch.where(x < alpha, x, alpha.expand_as(x))
+    scale = (2**bits - 1) / alpha.detach()
+    expected = clipped + ((clipped * scale).round() / scale - clipped).detach()
+    expected.backward(upstream)
+
+    quantizer = PactActivations([bits], signed=False).double()
+    with torch.no_grad():
+        quantizer.log_alpha.fill_(alpha.log())
+    own = x.detach().clone().requires_grad_()
+    levels, step = quantizer(own, None)
+    (levels * step).backward(upstream)
+    torch.testing.assert_close(levels * step, expected)
+    torch.testing.assert_close(own.grad, x.grad)
+    torch.testing.assert_close(quantizer.log_alpha.grad[0], alpha.grad * alpha)  # alpha is held as a logarithm
+
+
+def test_pact_starts_at_ten() -> None:
+    assert PactActivations([2, 4], signed=False).log_alpha.exp().tolist() == pytest.approx([10, 10])
+
+
+# --- DoReFa -----------------------------------------------------------------------------------------------------------
+
+
+def dorefa_weights_of_the_paper(weight: Tensor, bits: int) -> Tensor:
+    """Equation 9: 2 * quantize(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1, rounded straight through."""
+    last = 2**bits - 1
+    t = weight.tanh()
+    unit = t / (2 * t.abs().max().detach()) + 0.5
+    return 2 * (round_straight_through(unit * last) / last) - 1
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dorefa_weights_equal_the_paper_up_to_their_constant_range(bits: int) -> None:
+    g = torch.Generator().manual_seed(bits)
+    weight = torch.randn(4, 3, 3, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(weight.shape, generator=g, dtype=torch.float64)
+    largest = weight.detach().tanh().abs().max()
+    expected = dorefa_weights_of_the_paper(weight, bits) * largest
+    expected.backward(upstream)
+    own = weight.detach().clone().requires_grad_()
+    levels, step = DoReFaWeights([bits]).double()(own)
+    (levels[0] * step[0]).backward(upstream)
+    torch.testing.assert_close(levels[0] * step[0], expected)
+    torch.testing.assert_close(own.grad, weight.grad)
+    assert torch.equal(levels.detach().remainder(2), torch.ones_like(levels))  # odd integers
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dorefa_activations_are_clamped_to_one_and_rounded(bits: int) -> None:
+    x = sample(1, signed=False, seed=bits).requires_grad_()
+    last = 2**bits - 1
+    expected = round_straight_through(x.clamp(0, 1) * last) / last
+    expected.sum().backward()
+    own = x.detach().clone().requires_grad_()
+    levels, step = DoReFaActivations([bits], signed=False).double()(own, None)
+    (levels * step).sum().backward()
+    torch.testing.assert_close(levels * step, expected)
+    inside = (x > 0) & (x < 1)  # torch gives clamp's end points a gradient of its own
+    torch.testing.assert_close(own.grad[inside], x.grad[inside])
+    assert (own.grad[x > 1] == 0).all()
+
+
+# --- LSQ --------------------------------------------------------------------------------------------------------------
+
+
+def test_lsq_has_no_zero_point_where_lsq_plus_has_one() -> None:
+    for kind, names in ((LsqActivations, {"log_step"}), (LsqPlusActivations, {"log_step", "zero_point"})):
+        assert {name for name, _ in kind([2, 4], signed=True).named_parameters()} == names
+        assert {name for name, _ in kind([2, 4], signed=False).named_parameters()} == {"log_step"}
+
+
+def test_step_sizes_per_channel_equal_one_quantizer_for_each_channel() -> None:
+    g = torch.Generator().manual_seed(6)
+    weight = torch.randn(4, 3, 3, 3, generator=g, dtype=torch.float64) * torch.tensor([0.1, 1, 5, 20]).view(4, 1, 1, 1)
+    upstream = torch.randn(2, *weight.shape, generator=g, dtype=torch.float64)
+    together = LsqWeights([2, 4], channels=4).double()
+    together.initialize(weight)
+    levels, step = together(weight)
+    assert step.shape == (2, 4)
+    (levels * step.view(2, 4, 1, 1, 1) * upstream).sum().backward()
+    for channel in range(4):
+        alone = LsqWeights([2, 4]).double()
+        alone.initialize(weight[channel : channel + 1])
+        own_levels, own_step = alone(weight[channel : channel + 1])
+        (own_levels * own_step.view(2, 1, 1, 1, 1) * upstream[:, channel : channel + 1]).sum().backward()
+        assert torch.equal(own_levels[:, 0], levels[:, channel])
+        torch.testing.assert_close(own_step[:, 0], step[:, channel])
+        torch.testing.assert_close(alone.log_step.grad[:, 0], together.log_step.grad[:, channel])
+
+
+@pytest.mark.parametrize("make", [lambda: weight_quantizer("lsq", (4,)), lambda: LsqActivations((4,), signed=False)])
+def test_first_steps_of_lsq_are_those_of_its_paper(make: Callable) -> None:
+    quantizer = make()
+    quantizer.initialize(torch.tensor([1.0, 1.0, 2.0, 0.0]).view(4, 1, 1, 1))  # mean 1
+    highest = 7 if quantizer.signed else 15
+    assert quantizer.grid(1).step.item() == pytest.approx(2 / math.sqrt(highest))
