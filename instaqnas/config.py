@@ -182,6 +182,7 @@ class SearchConfig(TrainConfig):
         epsilon_start: share of uniform exploration in the first epoch.
         epsilon_end: share of uniform exploration in the last epoch; between them it moves linearly.
         entropy_beta: weight of the entropy bonus.
+        normalize_advantage: scale the advantages of a policy step to a root mean square of 1.
     """
 
     policy_lr: float = 5e-4
@@ -189,6 +190,7 @@ class SearchConfig(TrainConfig):
     epsilon_start: float = 0.5
     epsilon_end: float = 0.0
     entropy_beta: float = 0.01
+    normalize_advantage: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -15,3 +16,11 @@ def policy_gradient_loss(log_prob: Tensor, advantage: Tensor, entropy: Tensor, e
         entropy_beta: weight of the entropy bonus.
     """
     return (-log_prob * advantage.detach() - entropy_beta * entropy).mean()
+
+
+def normalized(advantage: Tensor) -> Tensor:
+    """Advantages [B] divided by their root mean square over the batch; all zeros stay zeros.
+
+    Their mean is not subtracted: the baseline has done that, and sampling no better than greedily must not look good.
+    """
+    return advantage / advantage.square().mean().sqrt().clamp(min=torch.finfo(advantage.dtype).tiny)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from instaqnas.data.loader import Batch
 from instaqnas.policy.bit_config import entropy, log_prob, mix_uniform, sample
 from instaqnas.policy.network import PolicyNet
-from instaqnas.policy.reinforce import policy_gradient_loss
+from instaqnas.policy.reinforce import normalized, policy_gradient_loss
 from instaqnas.training.detector_epoch import check_finite
 
 
@@ -43,6 +43,7 @@ def train_policy_epoch(
     *,
     epsilon: float,
     entropy_beta: float,
+    normalize_advantage: bool,
     device: torch.device,
     generator: torch.Generator,
     on_step: Callable[[dict[str, float]], None],
@@ -54,6 +55,7 @@ def train_policy_epoch(
         judge: runs the frozen detector on a batch under bit configurations [B, L].
         epsilon: share of uniform exploration in what is sampled.
         entropy_beta: weight of the entropy bonus.
+        normalize_advantage: scale the advantages of a batch to a root mean square of 1.
         generator: CPU generator of the samples.
         on_step: called after every step with its scalars.
     """
@@ -67,6 +69,8 @@ def train_policy_epoch(
         choices = sample(behaviour, generator)
         sampled, greedy = judge(batch, choices), judge(batch, logits.argmax(-1))
         advantage = (sampled.reward - greedy.reward).to(logits)
+        if normalize_advantage:
+            advantage = normalized(advantage)
         policy_entropy = entropy(logits.softmax(-1))
         loss = policy_gradient_loss(log_prob(behaviour, choices), advantage, policy_entropy.sum(-1), entropy_beta)
         check_finite(loss, step, batch.image_ids)

@@ -355,6 +355,7 @@ def run_search(command: Command) -> None:
             state.optimizers["policy"],
             epsilon=epsilon,
             entropy_beta=settings.entropy_beta,
+            normalize_advantage=settings.normalize_advantage,
             device=experiment.device,
             generator=generator(config.seed, "policy samples", epoch),
             on_step=after_step,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from instaqnas.policy.bit_config import entropy, log_prob, mix_uniform, sample
-from instaqnas.policy.reinforce import policy_gradient_loss
+from instaqnas.policy.reinforce import normalized, policy_gradient_loss
 from instaqnas.policy.reward import budget, updated_multiplier
 
 
@@ -29,6 +29,12 @@ def test_no_gradient_flows_through_the_advantage() -> None:
     policy_gradient_loss(logits, advantage, vector(0.0, 0.0), 0.0).backward()
     assert advantage.grad is None
     torch.testing.assert_close(logits.grad, vector(-0.5, -1.0))
+
+
+def test_normalized_advantages_keep_sign_and_ratio_and_have_a_root_mean_square_of_one() -> None:
+    assert normalized(vector(3.0, -4.0, 0.0, 0.0)).tolist() == pytest.approx([1.2, -1.6, 0, 0])  # rms is 2.5
+    assert normalized(vector(0.0, 0.0)).tolist() == [0, 0]
+    assert normalized(vector(1e-3)).tolist() == pytest.approx([1])
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.8])
