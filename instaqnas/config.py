@@ -39,6 +39,7 @@ class DataConfig:
         augmentation: `ssd` zooms, crops, distorts and flips; `flips` only flips: better in short trainings.
         vertical_flip: also flip images upside down in training (microscopy, drawings).
         workers: processes that decode and augment; 0 does it in the main process.
+        cache: `ram` decodes every image once and keeps it, its shorter side shrunk to twice the network's input.
     """
 
     roots: list[str]
@@ -49,6 +50,7 @@ class DataConfig:
     augmentation: Literal["ssd", "flips"] = "ssd"
     vertical_flip: bool = False
     workers: int = 2
+    cache: Literal["none", "ram"] = "none"
 
 
 @dataclass(frozen=True)
@@ -371,6 +373,15 @@ def from_plain(plain: dict[str, Any]) -> Config:
     """
     parser = _SettingParser()
     return parser.build(parser.parse_object(_leaves(plain)))
+
+
+def completed(plain: dict[str, Any]) -> dict[str, Any]:
+    """Returns a plain configuration with the defaults of settings that did not exist when it was written.
+
+    Raises:
+        InputError: as `from_plain`.
+    """
+    return to_plain(from_plain(plain))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -7,9 +7,11 @@ state of its own and a resumed run sees the pixels of an uninterrupted one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import cv2
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -64,12 +66,28 @@ class DetectionDataset(Dataset):
         annotations: from `read_split`.
         transform: `train_transform` or `eval_transform`.
         seed: seed of what the transform draws.
+        cached_side: keep all images decoded in memory, their shorter side shrunk to this many pixels at most; None
+            decodes an image whenever it is needed.
+
+    Raises:
+        InputError: as `__getitem__`, where the images are read at once.
     """
 
-    def __init__(self, annotations: Sequence[Annotation], transform: SampleTransform, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        annotations: Sequence[Annotation],
+        transform: SampleTransform,
+        *,
+        seed: int = 0,
+        cached_side: int | None = None,
+    ) -> None:
         self.annotations = annotations
         self.transform = transform
         self.seed = seed
+        self._cache: list[np.ndarray] | None = None
+        if cached_side is not None:
+            with ThreadPoolExecutor() as pool:  # before worker processes are forked: they share the memory
+                self._cache = list(pool.map(lambda a: _shrunk(_read_pixels(a), cached_side), annotations))
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -82,7 +100,8 @@ class DetectionDataset(Dataset):
         """
         epoch, index = key
         annotation = self.annotations[index]
-        sample = _read_sample(annotation)
+        pixels = _read_pixels(annotation) if self._cache is None else self._cache[index]
+        sample = _sample(annotation, pixels)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also reset CUDA's generator, which is not restored here.
             torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
@@ -187,7 +206,7 @@ def make_loader(
     )
 
 
-def _read_sample(annotation: Annotation) -> Sample:
+def _read_pixels(annotation: Annotation) -> np.ndarray:
     pixels = read_image(annotation.image_path)
     height, width = pixels.shape[:2]
     if (width, height) != (annotation.width, annotation.height):
@@ -195,10 +214,21 @@ def _read_sample(annotation: Annotation) -> Sample:
             f"{annotation.image_path}: {width} x {height} pixels, but its annotation says "
             f"{annotation.width} x {annotation.height}"
         )
+    return pixels
+
+
+def _shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
+    factor = side / min(pixels.shape[:2])
+    return pixels if factor >= 1 else cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+
+
+def _sample(annotation: Annotation, pixels: np.ndarray) -> Sample:
+    height, width = pixels.shape[:2]
+    scale = np.array([width / annotation.width, height / annotation.height] * 2, np.float32)
     return {
         "image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)),
         "boxes": tv_tensors.BoundingBoxes(
-            torch.tensor(annotation.boxes_xyxy), format="XYXY", canvas_size=(height, width)
+            torch.from_numpy(annotation.boxes_xyxy * scale), format="XYXY", canvas_size=(height, width)
         ),
         "labels": torch.tensor(annotation.labels),
         "difficult": torch.tensor(annotation.difficult),

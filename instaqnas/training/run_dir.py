@@ -21,7 +21,7 @@ import torchvision
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from instaqnas.config import differences
+from instaqnas.config import completed, differences
 from instaqnas.errors import InputError
 from instaqnas.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -126,7 +126,7 @@ class RunDir:
         file = self.path / "config.yaml"
         if not file.exists() or not self.last.exists():
             return
-        old = yaml.safe_load(file.read_text())["config"]
+        old = completed(yaml.safe_load(file.read_text())["config"])
         changed = differences(_decisive(old, self.stage), _decisive(self.config, self.stage))
         if changed:
             raise InputError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from instaqnas.config import Command, Config, TrainConfig, differences, to_plain
+from instaqnas.config import Command, Config, TrainConfig, completed, differences, to_plain
 from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, collate, make_loader
 from instaqnas.data.transforms import SampleTransform, eval_transform, flip_transform, train_transform
 from instaqnas.data.voc import read_class_names, read_split
@@ -175,7 +175,9 @@ class Experiment:
 
     def _dataset(self, roots: list[str], split: str, transform: SampleTransform, stage: str) -> DetectionDataset:
         annotations = read_split(roots, split, self.class_names)
-        return DetectionDataset(annotations, transform, seed=derived_seed(self.config.seed, stage, "pixels"))
+        cached_side = 2 * self.config.detector.image_size if self.config.data.cache == "ram" else None
+        seed = derived_seed(self.config.seed, stage, "pixels")
+        return DetectionDataset(annotations, transform, seed=seed, cached_side=cached_side)
 
     def _loader(
         self, roots: list[str], split: str, transform: SampleTransform, batch_size: int, stage: str, *, training: bool
@@ -485,7 +487,9 @@ def load_network(
     if state["stage"] not in stages:
         raise InputError(f"{path}: a checkpoint of stage {state['stage']}; needed here: {' or '.join(stages)}")
     sections = ("detector",) if state["stage"] == "pretrain_fp32" else ("detector", "bits", "policy")
-    old, new = ({section: config[section] for section in sections} for config in (state["config"], experiment.plain))
+    old, new = (
+        {section: config[section] for section in sections} for config in (completed(state["config"]), experiment.plain)
+    )
     changed = differences({**old, "classes": state["classes"]}, {**new, "classes": list(experiment.class_names)})
     if changed:
         raise InputError(f"{path}: trained with other settings: {'; '.join(changed)}")

@@ -57,6 +57,34 @@ def test_batches_do_not_depend_on_the_number_of_workers(dataset):
         assert_same(read_epoch(alone, epoch), read_epoch(helped, epoch))
 
 
+def test_cached_images_give_the_batches_of_images_read_each_time(annotations, dataset):
+    cached = DetectionDataset(annotations, train_transform(32, vertical_flip=True), seed=3, cached_side=64)
+    for annotation in annotations:  # read already
+        annotation.image_path.unlink()
+    loader = make_loader(cached, 3, shuffle=True, seed=5, workers=2)
+    first = [read_epoch(loader, epoch) for epoch in (0, 1)]
+    again = [read_epoch(make_loader(cached, 3, shuffle=True, seed=5, workers=0), epoch) for epoch in (0, 1)]
+    for batches, others in zip(first, again, strict=True):
+        assert_same(batches, others)
+
+
+def test_cached_images_are_those_read_each_time_where_they_are_small_enough(annotations, dataset):
+    cached = DetectionDataset(annotations, train_transform(32, vertical_flip=True), seed=3, cached_side=60)
+    for index in range(len(annotations)):
+        assert torch.equal(cached[1, index]["image"], dataset[1, index]["image"])
+        assert torch.equal(cached[1, index]["boxes"], dataset[1, index]["boxes"])
+
+
+def test_larger_cached_images_are_shrunk_and_their_boxes_with_them(annotations):
+    def keep(sample: dict) -> dict:
+        return sample
+
+    cached = DetectionDataset(annotations, keep, cached_side=30)
+    sample = cached[0, 2]
+    assert sample["image"].shape == (3, 30, 40)
+    assert sample["boxes"].tolist() == [[5, 5, 30, 25]] * 2
+
+
 def test_a_later_epoch_can_be_read_without_the_earlier_ones(dataset):
     loader = make_loader(dataset, 3, shuffle=True, seed=5, workers=0)
     read_epoch(loader, 0)
