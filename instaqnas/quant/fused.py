@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from instaqnas.errors import InputError
+
 log = logging.getLogger(__name__)
 CompileMode = Literal["auto", "on", "off"]
 SMALL = 2**15  # elements up to which a pass is not worth a compiled function's call
@@ -120,34 +122,42 @@ def _moments_backward(grad_y: Tensor, y: Tensor, grad_sums: Tensor, grad_squares
 # --- Compilation ------------------------------------------------------------------------------------------------------
 
 _compiled: dict[Callable, Callable] = {}
+_insists = False
 
 
-def compile_passes(mode: CompileMode, device: torch.device) -> None:
-    """Compiles the passes for the whole process (`on`, and `auto` if this machine can), or runs them as they are.
+def compile_passes(mode: CompileMode) -> None:
+    """Has the passes compiled for the whole process (`on`; `auto` if this machine can), or not (`off`).
 
-    Raises:
-        RuntimeError: mode `on`, and the compiler does not work.
+    Compilation happens when a pass is first needed. If it fails, `auto` logs one line and goes on without, and the
+    function that needed the pass raises InputError under `on`.
     """
+    global _insists
     _compiled.clear()
-    if mode == "off":
-        return
-    for function in (_clip_round, _clip_round_backward, _clip_round_bounds_backward, _moments, _moments_backward):
-        _compiled[function] = torch.compile(function, dynamic=True)
-    try:
-        with torch.no_grad():
-            clip_round(*(torch.ones(size, device=device) for size in ((2, 4, 2 * SMALL), (2, 4), (2, 4), (2,), (2,))))
-    # Whatever a missing or broken compiler raises, of which there is no list; the same error is raised again by `on`.
-    except Exception as error:
-        _compiled.clear()
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if mode == "on":
-            raise RuntimeError(f"torch.compile does not work here: {reason}") from error
-        log.info("torch.compile does not work here, quantized layers run slower: %s", reason)
+    _insists = mode == "on"
+    if mode != "off":
+        # It warns of a CUDA toolkit without a GPU, which is nobody's mistake.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        for function in (_clip_round, _clip_round_backward, _clip_round_bounds_backward, _moments, _moments_backward):
+            _compiled[function] = torch.compile(function, dynamic=True)
 
 
 def _run(function: Callable, first: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
     compiled = _compiled.get(function)
     if compiled is None or first.numel() <= SMALL:
         return function(first, *others)
-    # Compiled code is specialised to strides and to what needs a gradient: one kind of each.
-    return compiled(*(tensor.detach().contiguous() for tensor in (first, *others)))
+    try:
+        # Compiled code is specialised to strides and to what needs a gradient: one kind of each.
+        return compiled(*(tensor.detach().contiguous() for tensor in (first, *others)))
+    except (
+        Exception
+    ) as error:  # what a missing or broken compiler raises has no common base; a bug of ours recurs below
+        _give_up(error)
+        return function(first, *others)
+
+
+def _give_up(error: Exception) -> None:
+    _compiled.clear()
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if _insists:
+        raise InputError(f"runtime.compile: torch.compile does not work here: {reason}") from error
+    log.info("torch.compile does not work here, quantized layers run slower: %s", reason)

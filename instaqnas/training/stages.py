@@ -449,12 +449,8 @@ def _start(command: Command) -> Experiment:
     keep_freed_memory()
     if command.config.runtime.threads:
         torch.set_num_threads(command.config.runtime.threads)
-    experiment = Experiment(command.config)
-    try:
-        compile_passes(command.config.runtime.compile, experiment.device)
-    except RuntimeError as error:
-        raise InputError(f"runtime.compile: {error}") from error
-    return experiment
+    compile_passes(command.config.runtime.compile)
+    return Experiment(command.config)
 
 
 def finished_checkpoint(run: Path, stage: str, settings: TrainConfig, script: str) -> Path:
