@@ -431,6 +431,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return node
 
 
+# `off` and `on` are words, as YAML 1.2 has it: PyYAML would make booleans of them.
+_BOOLEAN = "tag:yaml.org,2002:bool"
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_UniqueKeyLoader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Returns the nested dictionaries of a YAML file, keys and types not yet checked."""
     try:

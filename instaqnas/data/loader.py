@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 
 from instaqnas.data.transforms import Sample, SampleTransform
 from instaqnas.data.voc import Annotation, read_image
-from instaqnas.errors import InputError
+from instaqnas.errors import InputError, TrainingError
 from instaqnas.seeds import derived_seed
 
 SampleKey = tuple[int, int]  # (epoch, index)
@@ -66,11 +66,7 @@ class DetectionDataset(Dataset):
         annotations: from `read_split`.
         transform: `train_transform` or `eval_transform`.
         seed: seed of what the transform draws.
-        cached_side: keep all images decoded in memory, their shorter side shrunk to this many pixels at most; None
-            decodes an image whenever it is needed.
-
-    Raises:
-        InputError: as `__getitem__`, where the images are read at once.
+        images: what `load_images` made of the annotations; None decodes an image whenever it is needed.
     """
 
     def __init__(
@@ -79,15 +75,12 @@ class DetectionDataset(Dataset):
         transform: SampleTransform,
         *,
         seed: int = 0,
-        cached_side: int | None = None,
+        images: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.annotations = annotations
         self.transform = transform
         self.seed = seed
-        self._cache: list[np.ndarray] | None = None
-        if cached_side is not None:
-            with ThreadPoolExecutor() as pool:  # before worker processes are forked: they share the memory
-                self._cache = list(pool.map(lambda a: _shrunk(_read_pixels(a), cached_side), annotations))
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -100,13 +93,25 @@ class DetectionDataset(Dataset):
         """
         epoch, index = key
         annotation = self.annotations[index]
-        pixels = _read_pixels(annotation) if self._cache is None else self._cache[index]
+        pixels = _read_pixels(annotation) if self.images is None else self.images[index]
         sample = _sample(annotation, pixels)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also reset CUDA's generator, which is not restored here.
             torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
             sample = self.transform(sample)
         return {**sample, "image_id": annotation.image_id, "index": index}
+
+
+def load_images(annotations: Sequence[Annotation], side: int) -> list[np.ndarray]:
+    """The pixels of all images, uint8 [h, w, 3], their shorter side shrunk to `side` pixels at most.
+
+    Load them before worker processes are started: those share the memory.
+
+    Raises:
+        InputError: as `DetectionDataset.__getitem__`.
+    """
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda annotation: _shrunk(_read_pixels(annotation), side), annotations))
 
 
 class EpochBatchSampler(Sampler):
@@ -163,6 +168,10 @@ class DetectionLoader(DataLoader):
             last_line = str(error).strip().splitlines()[-1]
             prefix = f"{InputError.__module__}.{InputError.__qualname__}: "
             raise InputError(last_line.removeprefix(prefix)) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(f"a worker process that reads images has died: {str(error).splitlines()[0]}") from error
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -74,6 +74,10 @@ class CostTable:
         picked = self.table.gather(1, choices.cpu().T)  # [L, B]
         return (self.fixed + picked.sum(0)).double() / 1e9
 
+    def lowest(self) -> float:
+        """GBitOps of the cheapest configuration."""
+        return (self.fixed + int(self.table.amin(1).sum())) / 1e9
+
     def highest(self) -> float:
         """GBitOps of the most expensive configuration."""
         return (self.fixed + int(self.table.amax(1).sum())) / 1e9

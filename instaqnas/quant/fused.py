@@ -148,9 +148,9 @@ def _run(function: Callable, first: Tensor, *others: Tensor) -> Tensor | tuple[T
     try:
         # Compiled code is specialised to strides and to what needs a gradient: one kind of each.
         return compiled(*(tensor.detach().contiguous() for tensor in (first, *others)))
-    except (
-        Exception
-    ) as error:  # what a missing or broken compiler raises has no common base; a bug of ours recurs below
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what a missing or broken compiler raises has no common base
         _give_up(error)
         return function(first, *others)
 

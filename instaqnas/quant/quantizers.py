@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from instaqnas.quant.fused import clip_round
 
 FULL_PRECISION = 32  # as a bit-width: not quantized
-SMALLEST_STEP = 1e-8  # of calibration, where the data are all zeros
+SMALLEST_STEP, LARGEST_STEP = 1e-8, 1e8
 PACT_FIRST_END = 10.0
 QuantizerName = Literal["lsq_plus", "lsq", "pact", "dorefa"]
 
@@ -157,7 +157,7 @@ class LsqWeights(WeightQuantizer):
             self.log_step = nn.Parameter(torch.full((len(bits), channels), math.nan))
 
     def grid(self, numel: int) -> Grid:
-        step = _lsq_step(self.log_step, numel, self.highest)
+        step = _lsq_step(self.log_step, _gradient_scale(numel, self.highest)[:, None])
         return Grid(self._step_column(step), self.lowest, self.highest)
 
     @torch.no_grad()
@@ -236,7 +236,7 @@ class LsqActivations(ActivationQuantizer):
             self.log_step = nn.Parameter(torch.full((len(bits),), math.nan))
 
     def grid(self, numel: int) -> Grid:
-        step = _lsq_step(self.log_step[:, None], numel, self.highest)
+        step = _lsq_step(self.log_step, _gradient_scale(numel, self.highest))[:, None]
         return Grid(self._step_column(step), self.lowest, self.highest)
 
     @torch.no_grad()
@@ -256,7 +256,8 @@ class LsqPlusActivations(LsqActivations):
         step, lowest, highest = super().grid(numel)
         if self.zero_point is None:
             return Grid(step, lowest, highest)
-        zero_point = self.zero_point + (self.zero_point.round() - self.zero_point).detach()  # straight-through
+        zero_point = _with_gradient_scale(self.zero_point, _gradient_scale(numel, self.highest))
+        zero_point = zero_point + (zero_point.round() - zero_point).detach()  # straight-through
         return Grid(step, lowest - zero_point, highest - zero_point)  # the shift of a rounded zero-point, no more
 
     @torch.no_grad()
@@ -322,10 +323,24 @@ def of_images(table: Tensor, choice: Tensor | None, images: int) -> Tensor:
     return table.expand(images, *table.shape[1:]) if choice is None else table[choice]
 
 
-def _lsq_step(log_step: Tensor, numel: int, highest: Tensor) -> Tensor:
-    """Step sizes [K, C] whose gradient is scaled by 1 / sqrt(numel * highest level) (LSQ, section 2.2)."""
-    scale = (numel * highest).rsqrt()[:, None]
-    return (log_step * scale + (log_step * (1 - scale)).detach()).exp()
+def _gradient_scale(numel: int, highest: Tensor) -> Tensor:
+    """1 / sqrt(numel * highest level), [K] (LSQ, section 2.2)."""
+    return (numel * highest).rsqrt()
+
+
+def _with_gradient_scale(x: Tensor, scale: Tensor) -> Tensor:
+    """`x`, to the last bit, with its gradient times `scale`."""
+    return x.detach() + (x - x.detach()) * scale
+
+
+def _lsq_step(log_step: Tensor, gradient_scale: Tensor) -> Tensor:
+    """Step sizes s like `log_step`, whose descent is that of LSQ.
+
+    A descent on log s by g / s^2 moves s, to first order, as one on s by g does. Where that is carried away, s stays at
+    an end of its range.
+    """
+    bounded = log_step.detach().clamp(math.log(SMALLEST_STEP), math.log(LARGEST_STEP))
+    return (bounded + (log_step - log_step.detach()) * gradient_scale * (-2 * bounded).exp()).exp()
 
 
 def _first_lsq_step(magnitude: Tensor, highest: Tensor) -> Tensor:

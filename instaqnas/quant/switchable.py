@@ -98,13 +98,14 @@ class PerChoiceBatchNorm(nn.Module):
         choice = choice if choice is not None else torch.zeros(len(y), dtype=torch.int64, device=y.device)
         member = F.one_hot(choice, len(self.weight)).T.to(sums.dtype)  # [K, B]
         pixels = member.sum(1, keepdim=True) * y[0, 0].numel()  # [K, 1]
-        mean = member @ sums / pixels.clamp(min=1)
-        # E[y^2] - E[y]^2: one pass over memory, and close enough for what is nearly centred.
-        var = (member @ squares / pixels.clamp(min=1) - mean**2).clamp(min=0)
+        with torch.autocast(y.device.type, enabled=False):  # bf16 would leave nothing of the difference
+            mean = member @ sums / pixels.clamp(min=1)
+            # E[y^2] - E[y]^2: one pass over memory, and close enough for what is nearly centred.
+            var = (member @ squares / pixels.clamp(min=1) - mean**2).clamp(min=0)
         if factor is not None:
             mean, var = mean * factor, var * factor**2
         with torch.no_grad():
-            rate = self.momentum * (pixels > 0)
+            rate = self.momentum * (pixels > 1)  # one pixel has no variance
             unbiased = var * pixels / (pixels - 1).clamp(min=1)
             self.running_mean += rate * (mean - self.running_mean)
             self.running_var += rate * (unbiased - self.running_var)

@@ -30,10 +30,9 @@ from instaqnas.policy.bit_config import greedy_by
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.training.checkpoint import load_checkpoint
 from instaqnas.training.evaluate import detect
+from instaqnas.training.experiment import POLICY_STAGES, Experiment, latest_policy_checkpoint, load_network
 from instaqnas.training.pictures import draw_detections
 from instaqnas.training.report import choice_name
-from instaqnas.training.run_dir import best_checkpoint
-from instaqnas.training.stages import POLICY_STAGES, Experiment, finished_checkpoint, load_network
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def run_predict(command: Command, images: Sequence[Path], score_threshold: float
     if not 0 <= score_threshold <= 1:
         raise InputError(f"--score: expected a number from 0 to 1, got {score_threshold}")
     pictures = [None] * len(images) if out is None else _picture_paths(images, out)
-    checkpoint = command.init or _latest(command)
+    checkpoint = command.init or latest_policy_checkpoint(command)
     experiment = Experiment(command.config, load_checkpoint(checkpoint)["classes"])
     predictor = Predictor(experiment, checkpoint, score_threshold)
     for path, picture in zip(images, pictures, strict=True):
@@ -141,14 +140,6 @@ def run_predict(command: Command, images: Sequence[Path], score_threshold: float
         if picture is not None:
             drawn = draw_detections(image, found.boxes_xyxy, found.scores, found.labels, experiment.class_names)
             _write_png(picture, drawn)
-
-
-def _latest(command: Command) -> Path:
-    """The checkpoint of the finetuning, of the search if that has not begun."""
-    config = command.config
-    if best_checkpoint(command.run, "finetune").exists():
-        return finished_checkpoint(command.run, "finetune", config.finetune, "finetune.py")
-    return finished_checkpoint(command.run, "search", config.search, "search.py")
 
 
 def _picture_paths(images: Sequence[Path], out: Path) -> list[Path]:

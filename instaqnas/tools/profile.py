@@ -18,8 +18,8 @@ from instaqnas.detector.ssd import DetectorBits, detector_layers
 from instaqnas.errors import exit_on_input_error
 from instaqnas.policy.network import policy_layers
 from instaqnas.quant.bitops import CostTable, LayerCost
+from instaqnas.training.experiment import Experiment
 from instaqnas.training.report import choice_name
-from instaqnas.training.stages import Experiment
 
 GROUPS = {
     "stem": ".stem",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from instaqnas.errors import InputError
 from instaqnas.training.evaluate import EvalReport
 from instaqnas.training.run_dir import RunDir
 
@@ -85,14 +86,9 @@ def fit(
         add_pictures: logs pictures of detections at a step.
         eval_every, save_every: epochs between validations and between checkpoints; the last epoch has both.
     """
-    begun = run_dir.load_last()
-    if begun is not None:
-        state.load_state_dict(begun)
+    _continue(run_dir, state, epochs)
     if state.epoch >= epochs:
-        log.info("%s: already complete (%d epochs)", run_dir.stage, epochs)
         return
-    if begun is not None:
-        log.info("%s: continues after epoch %d of %d", run_dir.stage, state.epoch, epochs)
     writer = run_dir.open_tensorboard(state.epoch * steps_per_epoch)
     while state.epoch < epochs:
         result = train_epoch(state.epoch)
@@ -115,6 +111,22 @@ def fit(
             add_pictures(step)
     run_dir.close()
     log.info("%s: done, %s", run_dir.stage, ", ".join(f"{name} {value:.4g}" for name, value in state.metrics.items()))
+
+
+def _continue(run_dir: RunDir, state: TrainState, epochs: int) -> None:
+    """Loads the last checkpoint, if there is one, and says so."""
+    begun = run_dir.load_last()
+    if begun is None:
+        return
+    try:
+        state.load_state_dict(begun)
+    except (KeyError, RuntimeError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"{run_dir.last}: of another version of this program ({first_line})") from error
+    if state.epoch >= epochs:
+        log.info("%s: already complete (%d epochs)", run_dir.stage, epochs)
+    else:
+        log.info("%s: continues after epoch %d of %d", run_dir.stage, state.epoch, epochs)
 
 
 def _is_due(epoch: int, epochs: int, every: int) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 from instaqnas.quant.switchable import BitChoice
 from instaqnas.training.evaluate import EvalReport
-from instaqnas.training.run_dir import versions
+from instaqnas.training.run_dir import versions, write_text
 
 ROW_KEYS = (
     "map_11pt",
@@ -61,22 +63,34 @@ def write_report(folder: Path, rows: Sequence[ReportRow], config: dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     plain = [row.plain() for row in rows]
     content = {"rows": plain, "config": config, "versions": versions(), "seed": config["seed"]}
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_text(folder / "report.json", json.dumps(_finite(content), indent=1) + "\n")
     _write_per_image(folder / "per_image.csv", rows)
     plot_pareto(folder / "pareto.png", plain)
 
 
 def _write_per_image(path: Path, rows: Sequence[ReportRow]) -> None:
-    positions = len(rows[0].report.per_image[0].choices)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        header = ["bits", "image_id", "objects", "detections", "quality", "gbitops"]
-        writer.writerow([*header, *(f"position_{position:02d}" for position in range(positions))])
-        for row in rows:
-            names = [choice_name(choice) for choice in row.choices]
-            for image in row.report.per_image:
-                figures = [image.objects, image.detections, f"{image.quality:.4f}", f"{image.gbitops:.6f}"]
-                writer.writerow([row.bits, image.image_id, *figures, *(names[choice] for choice in image.choices)])
+    positions = max(len(row.report.per_image[0].choices) for row in rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    header = ["bits", "image_id", "objects", "detections", "quality", "gbitops"]
+    writer.writerow([*header, *(f"position_{position:02d}" for position in range(positions))])
+    for row in rows:
+        names = [choice_name(choice) for choice in row.choices]
+        for image in row.report.per_image:
+            figures = [image.objects, image.detections, f"{image.quality:.4f}", f"{image.gbitops:.6f}"]
+            chosen = [names[choice] for choice in image.choices]
+            # Full precision has fewer layers to choose for where the policy controls more than the pointwise ones.
+            writer.writerow([row.bits, image.image_id, *figures, *chosen, *[""] * (positions - len(chosen))])
+    write_text(path, text.getvalue())
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for NaN (the AP of a class without objects), which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:

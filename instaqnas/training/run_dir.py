@@ -9,6 +9,7 @@ RUN/STAGE/tensorboard/     events
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -59,25 +60,36 @@ class RunDir:
         stage: name of the stage.
         config: resolved config as plain values.
         classes: class names, which checkpoints carry.
+        source: the checkpoint that the stage starts from, if it does.
         restart: set an earlier beginning of this stage aside, as STAGE.old-1, and begin anew.
 
-    Raises: InputError if the folder holds the same stage of another config.
+    Raises: InputError if the folder holds the same stage of another config, other classes or another source.
     """
 
     def __init__(
-        self, run: Path, stage: str, config: dict[str, Any], classes: Sequence[str], *, restart: bool = False
+        self,
+        run: Path,
+        stage: str,
+        config: dict[str, Any],
+        classes: Sequence[str],
+        *,
+        source: Path | None = None,
+        restart: bool = False,
     ) -> None:
         self.stage, self.path, self.config, self.classes = stage, run / stage, config, list(classes)
+        self.source = "" if source is None else _sha256(source)
+        self._writer: SummaryWriter | None = None
         if restart:
-            self._set_aside()
-        self._check_same_config()
+            set_aside(self.path)
+        if self.last.exists():
+            self._check_same_beginning(source)
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be created ({error.strerror})") from None
-        record = {"config": config, "versions": versions()}
-        (self.path / "config.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
-        self._writer: SummaryWriter | None = None
+        record = yaml.safe_dump({"config": config, "versions": versions()}, sort_keys=False)
+        write_text(self.path / "config.yaml", record)
 
     @property
     def last(self) -> Path:
@@ -90,21 +102,26 @@ class RunDir:
 
     def save(self, state: dict[str, Any], *, best: bool) -> None:
         """Writes the last checkpoint, and the best one if it is."""
-        state = {"stage": self.stage, "config": self.config, "classes": self.classes, **state}
+        begun = {"stage": self.stage, "config": self.config, "classes": self.classes, "source": self.source}
+        state = {**begun, **state}
         if best:
             save_checkpoint(self.path / "best.pt", state)
         save_checkpoint(self.last, state)
 
     def open_tensorboard(self, step: int) -> SummaryWriter:
-        """The event writer; what an interrupted run logged from `step` on is hidden."""
+        """The event writer; what an interrupted run logged after `step` is hidden."""
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step or None)
+            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
         return self._writer
 
     def log_epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same scalars to TensorBoard."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"epoch": epoch, "step": step, **scalars}) + "\n")
+        """One line of metrics.jsonl, and the same scalars to TensorBoard.
+
+        Lines of this epoch and later ones, which an interrupted run may have left, go.
+        """
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines()[: epoch - 1] if file.exists() else []
+        write_text(file, "\n".join([*lines, json.dumps({"epoch": epoch, "step": step, **scalars})]) + "\n")
         if self._writer is not None:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
@@ -115,27 +132,58 @@ class RunDir:
         if self._writer is not None:
             self._writer.close()
 
-    def _set_aside(self) -> None:
-        if self.path.exists():
-            number = 1
-            while (kept := self.path.with_name(f"{self.stage}.old-{number}")).exists():
-                number += 1
-            self.path.rename(kept)
-
-    def _check_same_config(self) -> None:
-        file = self.path / "config.yaml"
-        if not file.exists() or not self.last.exists():
-            return
-        old = completed(yaml.safe_load(file.read_text())["config"])
-        changed = differences(_decisive(old, self.stage), _decisive(self.config, self.stage))
+    def _check_same_beginning(self, source: Path | None) -> None:
+        """Raises InputError unless the last checkpoint is of this stage, config, classes and source."""
+        state = load_checkpoint(self.last)
+        try:
+            old = _decisive(completed(state["config"]), self.stage)
+        except (KeyError, TypeError, AttributeError, InputError) as error:
+            raise InputError(f"{self.last}: of another version of this program ({error})") from error
+        changed = differences(
+            {"stage": state["stage"], **old, "classes": state["classes"]},
+            {"stage": self.stage, **_decisive(self.config, self.stage), "classes": self.classes},
+        )
+        if state.get("source", "") != self.source:
+            changed.append(f"the checkpoint that it started from was not {source}")
         if changed:
             raise InputError(
-                f"{self.path}: was begun with another config ({'; '.join(changed)}); "
+                f"{self.path}: was begun otherwise ({'; '.join(changed)}); "
                 "take another --run, or --restart to begin this stage anew"
             )
 
 
+def set_aside(folder: Path) -> None:
+    """Renames a folder, if it exists, to FOLDER.old-1, or the first number that is free."""
+    if folder.exists():
+        number = 1
+        while (kept := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(kept)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that appears under its name only when it is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _decisive(config: dict[str, Any], stage: str) -> dict[str, Any]:
     kept = {section: config[section] for section in (*DECISIVE_SECTIONS[stage], stage)}
+    kept["runtime.amp"] = config["runtime"]["amp"]
+    if stage == "search" or config["data"]["val_split"]:  # it judges images, or picks the best epoch
+        kept["eval"] = {key: value for key, value in config["eval"].items() if key != "batch_size"}
     kept["data"] = {key: value for key, value in config["data"].items() if key not in HARMLESS_DATA_KEYS}
     return kept

@@ -8,188 +8,48 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from instaqnas.config import Command, Config, TrainConfig, completed, differences, to_plain
-from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, collate, make_loader
-from instaqnas.data.transforms import SampleTransform, eval_transform, flip_transform, train_transform
-from instaqnas.data.voc import read_class_names, read_split
-from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, copy_weights, detector_costs, position_count
+from instaqnas.config import Command, RewardConfig, TrainConfig
+from instaqnas.data.loader import Batch, DetectionLoader
+from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy import reward as rewards
-from instaqnas.policy.bit_config import ChooseBits, fixed, greedy_by, sampled_by, uniformly_random
-from instaqnas.policy.network import PolicyNet, policy_gbitops
+from instaqnas.policy.bit_config import ChooseBits, greedy_by, sampled_by
+from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.switchable import calibrate
-from instaqnas.seeds import derived_seed, generator
-from instaqnas.training.checkpoint import load_checkpoint
+from instaqnas.seeds import generator
 from instaqnas.training.detector_epoch import DetectorEpoch, train_detector_epoch
-from instaqnas.training.evaluate import EvalReport, detect, evaluate, quality_of
+from instaqnas.training.evaluate import EvalReport, detect, quality_of
+from instaqnas.training.experiment import (
+    FULL_PRECISION_STAGES,
+    POLICY_STAGES,
+    QUANTIZED_STAGES,
+    Experiment,
+    finished_checkpoint,
+    latest_policy_checkpoint,
+    load_network,
+)
 from instaqnas.training.fit import EpochResult, TrainState, fit
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
 from instaqnas.training.pictures import draw_detections, draw_objects
 from instaqnas.training.policy_epoch import Judge, Outcome, train_policy_epoch
 from instaqnas.training.report import ReportRow, choice_name, format_table, write_report
-from instaqnas.training.run_dir import RunDir, best_checkpoint
+from instaqnas.training.run_dir import RunDir, best_checkpoint, set_aside
 from instaqnas.training.runtime import keep_freed_memory
 
 log = logging.getLogger(__name__)
-CALIBRATION_IMAGES = 64
-PICTURES = 4
 PICTURE_SCORE = 0.3
-FULL_PRECISION_STAGES = ("pretrain_fp32",)
-POLICY_STAGES = ("search", "finetune")
-QUANTIZED_STAGES = ("pretrain_quant", *POLICY_STAGES)
+CHEAP_POLICY = 0.01  # of the detector's cost
 LOG_EVERY = 10  # steps between TensorBoard scalars of the training loss
-
-
-class Experiment:
-    """Builds the parts that a config describes.
-
-    Args:
-        config: the whole config.
-        class_names: without background; None reads them from the data.
-
-    Raises: InputError if the data or the device is not there.
-    """
-
-    def __init__(self, config: Config, class_names: Sequence[str] | None = None) -> None:
-        self.config, self.plain = config, to_plain(config)
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device: cuda is not available on this machine; known: auto, cpu")
-        name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name)
-        self.class_names = read_class_names(config.data.roots) if class_names is None else tuple(class_names)
-
-    def detector(self, bits: DetectorBits) -> SwitchableSSD:
-        """A detector on the device; first weights from the seed."""
-        settings = self.config.detector
-        # Quantized layers are batched products over [channels, pixels], which want the ordinary layout.
-        channels_last = self.config.runtime.channels_last and bits.quantize_nothing
-        torch.manual_seed(derived_seed(self.config.seed, "detector"))
-        return SwitchableSSD(
-            len(self.class_names) + 1,
-            bits,
-            image_size=settings.image_size,
-            width=settings.width,
-            extras_batch_norm=settings.extras_batch_norm,
-            box_sizes=settings.box_sizes,
-            amp=self.config.runtime.amp,
-        ).to(self.device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-    def quantized_detector(self) -> SwitchableSSD:
-        """The detector at the bits of the config."""
-        bits = self.config.bits
-        return self.detector(DetectorBits(**{item.name: getattr(bits, item.name) for item in fields(bits)}))
-
-    def policy(self) -> PolicyNet:
-        """The policy network on the device; first weights from the seed."""
-        settings = self.config.policy
-        torch.manual_seed(derived_seed(self.config.seed, "policy"))
-        policy = PolicyNet(
-            position_count(self.config.bits.positions),
-            len(self.config.bits.choices),
-            pool=settings.pool,
-            width=settings.width,
-            bits=settings.bits,
-        )
-        return policy.to(self.device)
-
-    def train_loader(self, batch_size: int, stage: str) -> DetectionLoader:
-        """Augmented training images; order and augmentation differ by stage."""
-        data = self.config.data
-        build = train_transform if data.augmentation == "ssd" else flip_transform
-        transform = build(self.config.detector.image_size, vertical_flip=data.vertical_flip)
-        return self._loader(data.roots, data.train_split, transform, batch_size, stage, training=True)
-
-    def plain_train_loader(self, batch_size: int, stage: str) -> DetectionLoader:
-        """Training images as evaluation sees images, in random order: what the policy learns from."""
-        data = self.config.data
-        return self._loader(data.roots, data.train_split, self._eval_transform, batch_size, stage, training=True)
-
-    def eval_loader(self, split: str, roots: list[str]) -> DetectionLoader:
-        """All images of a split in order."""
-        return self._loader(roots, split, self._eval_transform, self.config.eval.batch_size, "eval", training=False)
-
-    def val_loader(self) -> DetectionLoader | None:
-        """The val split, None where the config has none."""
-        data = self.config.data
-        return self.eval_loader(data.val_split, data.roots) if data.val_split else None
-
-    def test_loader(self) -> DetectionLoader:
-        """The test split."""
-        data = self.config.data
-        return self.eval_loader(data.test_split, data.test_roots or data.roots)
-
-    def calibration_images(self) -> Tensor:
-        """Random training images [n, 3, S, S] for the first step sizes."""
-        dataset = self._dataset(
-            self.config.data.roots, self.config.data.train_split, self._eval_transform, "calibration"
-        )
-        order = torch.randperm(len(dataset), generator=generator(self.config.seed, "calibration"))
-        return _batch(dataset, order[:CALIBRATION_IMAGES].tolist()).images.to(self.device)
-
-    def picture_batch(self) -> Batch:
-        """A few images to look at: the first of the val split, or of the train split where there is none."""
-        data = self.config.data
-        dataset = self._dataset(data.roots, data.val_split or data.train_split, self._eval_transform, "pictures")
-        return _batch(dataset, range(min(PICTURES, len(dataset)))).to(self.device)
-
-    def choose_random(self, *purpose: int | str) -> ChooseBits:
-        """Uniformly random configurations from a stream of their own."""
-        random = generator(self.config.seed, *purpose)
-        positions = position_count(self.config.bits.positions)
-        return uniformly_random(positions, len(self.config.bits.choices), random)
-
-    def choose_fixed(self, detector: SwitchableSSD, choice: int = 0) -> ChooseBits:
-        """The same choice at every position of `detector`."""
-        return fixed([choice] * len(detector.positions))
-
-    def evaluate(
-        self, detector: SwitchableSSD, loader: DetectionLoader, choose_bits: ChooseBits, policy_cost: float = 0.0
-    ) -> EvalReport:
-        """Figures of a detector on a split."""
-        return evaluate(
-            detector,
-            tqdm(loader, desc="evaluate", leave=False),
-            choose_bits,
-            costs=detector_costs(detector),
-            policy_gbitops=policy_cost,
-            class_names=self.class_names,
-            settings=self.config.eval,
-            quality=self.config.reward.quality,
-            quality_threshold=self.config.reward.score_threshold,
-            device=self.device,
-        )
-
-    @property
-    def _eval_transform(self) -> SampleTransform:
-        return eval_transform(self.config.detector.image_size)
-
-    def _dataset(self, roots: list[str], split: str, transform: SampleTransform, stage: str) -> DetectionDataset:
-        annotations = read_split(roots, split, self.class_names)
-        cached_side = 2 * self.config.detector.image_size if self.config.data.cache == "ram" else None
-        seed = derived_seed(self.config.seed, stage, "pixels")
-        return DetectionDataset(annotations, transform, seed=seed, cached_side=cached_side)
-
-    def _loader(
-        self, roots: list[str], split: str, transform: SampleTransform, batch_size: int, stage: str, *, training: bool
-    ) -> DetectionLoader:
-        return make_loader(
-            self._dataset(roots, split, transform, stage),
-            batch_size,
-            shuffle=training,
-            seed=derived_seed(self.config.seed, stage, "order"),
-            workers=self.config.data.workers,
-            drop_last=training,
-        )
 
 
 @dataclass(frozen=True)
@@ -221,12 +81,12 @@ class DetectorTraining:
         first_step = epoch * len(self.loader)
         writer = self.run_dir.open_tensorboard(first_step)
 
-        def show(scalars: dict[str, float]) -> None:
+        def show(step: int, scalars: dict[str, float]) -> None:
             bar.set_postfix(loss=f"{scalars['loss']:.3f}")
-            step = first_step + bar.n
-            if step % LOG_EVERY == 0:
+            done = first_step + step + 1
+            if done % LOG_EVERY == 0:
                 for name, value in scalars.items():
-                    writer.add_scalar(f"train/{name}", value, step)
+                    writer.add_scalar(f"step/{name}", value, done)
 
         return train_detector_epoch(
             self.detector,
@@ -242,20 +102,20 @@ class DetectorTraining:
     def fit(
         self,
         train_epoch: Callable[[int], EpochResult],
-        choose_bits: ChooseBits,
+        choose_bits: Callable[[], ChooseBits],
         *,
         policy_cost: float = 0.0,
         keep_best: bool = True,
     ) -> None:
-        """Trains to the end; validates and draws under `choose_bits`."""
+        """Trains to the end; validates and draws each time under what `choose_bits()` returns."""
         val_loader = self.experiment.val_loader()
         shown = self.experiment.picture_batch()
 
         def validate() -> EvalReport:
-            return self.experiment.evaluate(self.detector, val_loader, choose_bits, policy_cost)
+            return self.experiment.evaluate(self.detector, val_loader, choose_bits(), policy_cost)
 
         def add_pictures(step: int) -> None:
-            _add_pictures(self.experiment, self.run_dir, self.detector, shown, choose_bits, step)
+            _add_pictures(self.experiment, self.run_dir, self.detector, shown, choose_bits(), step)
 
         fit(
             self.run_dir,
@@ -274,6 +134,9 @@ class DetectorTraining:
 def run_pretrain(command: Command) -> None:
     """Full precision, then quantized under uniformly random bit configurations."""
     experiment = _start(command)
+    if command.restart:  # both before the first begins: an interruption must not leave the new one beside the old
+        for stage in ("pretrain_quant",) if command.init else ("pretrain_fp32", "pretrain_quant"):
+            set_aside(command.run / stage)
     source = command.init
     if source is None:
         _pretrain_fp32(experiment, command)
@@ -282,7 +145,7 @@ def run_pretrain(command: Command) -> None:
 
 
 def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
-    run_dir = RunDir(command.run, "pretrain_fp32", experiment.plain, experiment.class_names, restart=command.restart)
+    run_dir = RunDir(command.run, "pretrain_fp32", experiment.plain, experiment.class_names)
     detector = experiment.detector(DetectorBits.full_precision())
     training = DetectorTraining.begin(experiment, run_dir, detector, command.config.pretrain_fp32)
     choose = experiment.choose_fixed(detector)
@@ -291,11 +154,11 @@ def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
         result = training.epoch(epoch, choose)
         return EpochResult(_prefixed("train", result.losses), result.choices)
 
-    training.fit(train_epoch, choose)
+    training.fit(train_epoch, lambda: choose)
 
 
 def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> None:
-    run_dir = RunDir(command.run, "pretrain_quant", experiment.plain, experiment.class_names, restart=command.restart)
+    run_dir = RunDir(command.run, "pretrain_quant", experiment.plain, experiment.class_names, source=source)
     detector = experiment.quantized_detector()
     if not run_dir.last.exists():
         full = experiment.detector(DetectorBits.full_precision())
@@ -310,19 +173,21 @@ def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> N
         result = training.epoch(epoch, experiment.choose_random("pretrain_quant", epoch))
         return EpochResult(_prefixed("train", result.losses), result.choices)
 
-    training.fit(train_epoch, experiment.choose_random("validate"))
+    training.fit(train_epoch, lambda: experiment.choose_random("validate"))
 
 
 def run_search(command: Command) -> None:
     """Every epoch trains the policy, then the detector under configurations sampled from it."""
     experiment, config = _start(command), command.config
     settings = config.search
-    run_dir = RunDir(command.run, "search", experiment.plain, experiment.class_names, restart=command.restart)
+    source = command.init or finished_checkpoint(command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py")
     detector, policy = experiment.quantized_detector(), experiment.policy()
+    costs, policy_cost = detector_costs(detector), policy_gbitops(policy, detector.image_size)
+    _check_costs(command.config.reward, costs, policy_cost)
+    run_dir = RunDir(
+        command.run, "search", experiment.plain, experiment.class_names, source=source, restart=command.restart
+    )
     if not run_dir.last.exists():
-        source = command.init or finished_checkpoint(
-            command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py"
-        )
         load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
         images = experiment.calibration_images()
         calibrate(policy, lambda: policy(images))
@@ -331,7 +196,6 @@ def run_search(command: Command) -> None:
     state.networks["policy"] = policy
     state.optimizers["policy"] = torch.optim.Adam(policy.parameters(), lr=settings.policy_lr)
     policy_loader = experiment.plain_train_loader(settings.policy_batch_size, "search policy")
-    costs, policy_cost = detector_costs(detector), policy_gbitops(policy, detector.image_size)
 
     def train_epoch(epoch: int) -> EpochResult:
         progress = epoch / max(1, settings.epochs - 1)
@@ -371,16 +235,36 @@ def run_search(command: Command) -> None:
 
     policy.eval()
     # The highest mAP would be that of an early, expensive policy: what counts is where the search ends.
-    training.fit(train_epoch, greedy_by(policy), policy_cost=policy_cost, keep_best=False)
+    training.fit(train_epoch, lambda: greedy_by(policy), policy_cost=policy_cost, keep_best=False)
+
+
+def _check_costs(settings: RewardConfig, costs: CostTable, policy_cost: float) -> None:
+    """Raises InputError if the reward aims at a cost that no configuration has; notes a policy that is not cheap."""
+    lowest, highest = costs.lowest() + policy_cost, costs.highest() + policy_cost
+    if settings.name == "budget" and not lowest <= settings.target_gbitops <= highest:
+        raise InputError(
+            f"reward.target_gbitops: expected {lowest:.4g} to {highest:.4g}, what the configurations of this network "
+            f"cost with its policy, got {settings.target_gbitops:g}"
+        )
+    if policy_cost > CHEAP_POLICY * costs.lowest():
+        log.info(
+            "note: the policy costs %.3g GBitOps, over %g %% of the cheapest detector's %.3g; policy.width and "
+            "policy.pool make it cheaper",
+            policy_cost,
+            100 * CHEAP_POLICY,
+            costs.lowest(),
+        )
 
 
 def run_finetune(command: Command) -> None:
     """The detector under the frozen, greedy policy."""
     experiment, config = _start(command), command.config
-    run_dir = RunDir(command.run, "finetune", experiment.plain, experiment.class_names, restart=command.restart)
+    source = command.init or finished_checkpoint(command.run, "search", config.search, "search.py")
+    run_dir = RunDir(
+        command.run, "finetune", experiment.plain, experiment.class_names, source=source, restart=command.restart
+    )
     detector, policy = experiment.quantized_detector(), experiment.policy()
     if not run_dir.last.exists():
-        source = command.init or finished_checkpoint(command.run, "search", config.search, "search.py")
         load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
         load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
     policy.eval().requires_grad_(False)  # noqa: FBT003
@@ -392,7 +276,7 @@ def run_finetune(command: Command) -> None:
         result = training.epoch(epoch, choose)
         return EpochResult(_prefixed("train", result.losses), result.choices)
 
-    training.fit(train_epoch, choose, policy_cost=policy_gbitops(policy, detector.image_size))
+    training.fit(train_epoch, lambda: choose, policy_cost=policy_gbitops(policy, detector.image_size))
 
 
 def run_eval(command: Command) -> None:
@@ -404,42 +288,52 @@ def run_eval(command: Command) -> None:
             raise InputError("--init names one checkpoint, but --bits all compares several; name one --bits")
         uniform = [f"uniform:{choice_name(choice)}" for choice in command.config.bits.choices]
         names = ["fp32", *uniform, "random", "policy"]
+        if not best_checkpoint(command.run, "pretrain_fp32").exists():
+            log.info("note: no row fp32, %s has no full-precision training", command.run)
+            names.remove("fp32")
+    sources = {name: command.init or _row_source(command, name) for name in names}  # all, before the first is measured
     loader = experiment.test_loader()
-    rows = [_evaluate_row(experiment, command, name, loader) for name in names]
+    rows = [_evaluate_row(experiment, name, source, loader) for name, source in sources.items()]
     folder = command.run / "eval"
     if command.bits != "all":
         folder = folder / command.bits.replace(":", "_")
     write_report(folder, rows, experiment.plain)
     log.info("%s", format_table([row.plain() for row in rows]))
     log.info("report and plot: %s", folder)
-    log.info("TensorBoard: tensorboard --logdir %s", command.run)
+    log.info("TensorBoard: .venv/bin/tensorboard --logdir %s", command.run)
 
 
-def _evaluate_row(experiment: Experiment, command: Command, name: str, loader: DetectionLoader) -> ReportRow:
-    """One row of the comparison; baselines run on the detector that was trained for random configurations."""
+def _row_source(command: Command, name: str) -> Path:
+    """The checkpoint of a row; baselines run on the detector that was trained for random configurations."""
     config = command.config
+    match name:
+        case "fp32":
+            return finished_checkpoint(command.run, "pretrain_fp32", config.pretrain_fp32, "pretrain.py")
+        case "policy":
+            return latest_policy_checkpoint(command)
+        case _:
+            return finished_checkpoint(command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py")
+
+
+def _evaluate_row(experiment: Experiment, name: str, source: Path, loader: DetectionLoader) -> ReportRow:
     if name == "fp32":
-        source = command.init or finished_checkpoint(command.run, "pretrain_fp32", config.pretrain_fp32, "pretrain.py")
         detector = experiment.detector(DetectorBits.full_precision())
         load_network(experiment, detector, "detector", source, stages=FULL_PRECISION_STAGES)
         report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector))
         return ReportRow(name, source, detector.choices, report)
     detector = experiment.quantized_detector()
+    load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
+    policy_cost = 0.0
     if name == "policy":
-        source = command.init or finished_checkpoint(command.run, "finetune", config.finetune, "finetune.py")
         policy = experiment.policy()
         load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
         policy.eval()
         choose, policy_cost = greedy_by(policy), policy_gbitops(policy, detector.image_size)
+    elif name == "random":
+        choose = experiment.choose_random("eval")
     else:
-        source = command.init or finished_checkpoint(
-            command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py"
-        )
-        choose, policy_cost = experiment.choose_random("eval"), 0.0
-        if name != "random":
-            choice = [choice_name(c) for c in config.bits.choices].index(name.removeprefix("uniform:"))
-            choose = experiment.choose_fixed(detector, choice)
-    load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
+        choice = [choice_name(c) for c in detector.choices].index(name.removeprefix("uniform:"))
+        choose = experiment.choose_fixed(detector, choice)
     return ReportRow(name, source, detector.choices, experiment.evaluate(detector, loader, choose, policy_cost))
 
 
@@ -451,45 +345,6 @@ def _start(command: Command) -> Experiment:
         torch.set_num_threads(command.config.runtime.threads)
     compile_passes(command.config.runtime.compile)
     return Experiment(command.config)
-
-
-def finished_checkpoint(run: Path, stage: str, settings: TrainConfig, script: str) -> Path:
-    """The checkpoint of a stage that has run to its end.
-
-    Raises: InputError if it has not begun or not ended.
-    """
-    path = best_checkpoint(run, stage)
-    if not path.exists():
-        raise InputError(f"{run / stage}: no checkpoint; run {script} first, or name a checkpoint with --init")
-    epoch = load_checkpoint(run / stage / "last.pt")["epoch"]
-    if epoch < settings.epochs:
-        raise InputError(f"{run / stage}: at epoch {epoch} of {settings.epochs}; repeat {script} to finish it")
-    return path
-
-
-def load_network(
-    experiment: Experiment,
-    network: nn.Module,
-    name: str,
-    path: Path,
-    *,
-    stages: Sequence[str],
-) -> None:
-    """Loads one network of a checkpoint.
-
-    Raises: InputError if the checkpoint is not of one of `stages`, or was trained with other settings or classes.
-    """
-    state = load_checkpoint(path)
-    if state["stage"] not in stages:
-        raise InputError(f"{path}: a checkpoint of stage {state['stage']}; needed here: {' or '.join(stages)}")
-    sections = ("detector",) if state["stage"] == "pretrain_fp32" else ("detector", "bits", "policy")
-    old, new = (
-        {section: config[section] for section in sections} for config in (completed(state["config"]), experiment.plain)
-    )
-    changed = differences({**old, "classes": state["classes"]}, {**new, "classes": list(experiment.class_names)})
-    if changed:
-        raise InputError(f"{path}: trained with other settings: {'; '.join(changed)}")
-    network.load_state_dict(state["networks"][name])
 
 
 def _judge(
@@ -563,10 +418,6 @@ def _add_pictures(
             experiment.class_names,
         )
         writer.add_image(f"detections/{index}", picture, step)
-
-
-def _batch(dataset: DetectionDataset, indices: Iterable[int]) -> Batch:
-    return collate([dataset[0, index] for index in indices])
 
 
 def _prefixed(prefix: str, scalars: dict[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from instaqnas.data.loader import Batch, DetectionDataset, EpochBatchSampler, collate, make_loader
+from instaqnas.data.loader import Batch, DetectionDataset, EpochBatchSampler, collate, load_images, make_loader
 from instaqnas.data.transforms import eval_transform, train_transform
 from instaqnas.data.voc import Annotation
 from instaqnas.errors import InputError
@@ -58,7 +58,9 @@ def test_batches_do_not_depend_on_the_number_of_workers(dataset):
 
 
 def test_cached_images_give_the_batches_of_images_read_each_time(annotations, dataset):
-    cached = DetectionDataset(annotations, train_transform(32, vertical_flip=True), seed=3, cached_side=64)
+    cached = DetectionDataset(
+        annotations, train_transform(32, vertical_flip=True), seed=3, images=load_images(annotations, 64)
+    )
     for annotation in annotations:  # read already
         annotation.image_path.unlink()
     loader = make_loader(cached, 3, shuffle=True, seed=5, workers=2)
@@ -69,7 +71,9 @@ def test_cached_images_give_the_batches_of_images_read_each_time(annotations, da
 
 
 def test_cached_images_are_those_read_each_time_where_they_are_small_enough(annotations, dataset):
-    cached = DetectionDataset(annotations, train_transform(32, vertical_flip=True), seed=3, cached_side=60)
+    cached = DetectionDataset(
+        annotations, train_transform(32, vertical_flip=True), seed=3, images=load_images(annotations, 60)
+    )
     for index in range(len(annotations)):
         assert torch.equal(cached[1, index]["image"], dataset[1, index]["image"])
         assert torch.equal(cached[1, index]["boxes"], dataset[1, index]["boxes"])
@@ -79,7 +83,7 @@ def test_larger_cached_images_are_shrunk_and_their_boxes_with_them(annotations):
     def keep(sample: dict) -> dict:
         return sample
 
-    cached = DetectionDataset(annotations, keep, cached_side=30)
+    cached = DetectionDataset(annotations, keep, images=load_images(annotations, 30))
     sample = cached[0, 2]
     assert sample["image"].shape == (3, 30, 40)
     assert sample["boxes"].tolist() == [[5, 5, 30, 25]] * 2

@@ -256,9 +256,9 @@ def test_values_and_gradients_equal_torchs_learnable_fake_quantization(bits: int
 
     torch.testing.assert_close(fake, expected)
     torch.testing.assert_close(own.grad, theirs[0].grad)
-    # the step size is held as a logarithm: one more factor `step`
+    # the step size is held as a logarithm, and its gradient is such that descent moves it as in LSQ: divided by `step`
     torch.testing.assert_close(
-        quantizer.log_step.grad, theirs[1].grad.view_as(quantizer.log_step) * step, rtol=1e-4, atol=1e-5
+        quantizer.log_step.grad, theirs[1].grad.view_as(quantizer.log_step) / step, rtol=1e-4, atol=1e-5
     )
 
 
@@ -274,14 +274,29 @@ def test_zero_point_gradient_equals_torchs_learnable_fake_quantization() -> None
     torch.testing.assert_close(zero.grad[0], theirs[2].grad, rtol=1e-4, atol=1e-4)
 
 
+def test_plain_descent_moves_a_step_size_as_lsq_does() -> None:
+    """A small step of SGD on the logarithm changes s by lr * g * dL/ds, to first order."""
+    for step in (0.02, 0.5, 3.0):
+        quantizer = with_steps(LsqWeights([4]), [step]).double()
+        weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)).double() * step * 4
+        naive = torch.tensor(step, dtype=torch.float64, requires_grad=True)
+        naive_fake_quantize(weight, naive, torch.tensor(-8.0), torch.tensor(7.0), 0.0).sum().backward()
+        levels, own = quantizer(weight)
+        (levels * own.view(1, 1, 1, 1, 1)).sum().backward()
+        lr = 1e-5 * step
+        torch.optim.SGD(quantizer.parameters(), lr=lr).step()
+        moved = quantizer.log_step.exp().item() - torch.tensor(step).log().double().exp().item()
+        assert moved == pytest.approx(-lr * naive.grad.item() / math.sqrt(weight.numel() * 7), rel=1e-3)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_step_gradient_of_a_weight_is_scaled_by_its_size_and_highest_level(bits: int) -> None:
     highest, step, numel = hand_range(bits, True)[1], 0.25, 24
     quantizer = with_steps(LsqWeights([bits]), [step])
     levels, own_step = quantizer(torch.full((2, 3, 2, 2), 1e3))  # every weight at the highest level
     (levels[0] * own_step[0]).sum().backward()
-    # d/dlog(step) = step * numel * highest, scaled by 1 / sqrt(numel * highest)
-    assert quantizer.log_step.grad.item() == pytest.approx(step * math.sqrt(numel * highest), rel=1e-5)
+    # d/dstep = numel * highest, scaled by 1 / sqrt(numel * highest); per step, since the logarithm descends
+    assert quantizer.log_step.grad.item() == pytest.approx(1 / step * math.sqrt(numel * highest), rel=1e-5)
 
 
 def test_step_gradient_of_an_input_is_scaled_by_the_size_of_one_image_not_of_the_batch() -> None:
@@ -290,7 +305,7 @@ def test_step_gradient_of_an_input_is_scaled_by_the_size_of_one_image_not_of_the
     choice = torch.tensor([0, 0, 0, 0, 1, 1])
     levels, steps = quantizer(torch.full((images, 5, 2, 2), 1e3), choice)
     (levels * steps[choice].view(-1, 1, 1, 1)).sum().backward()
-    one_image = step * math.sqrt(numel * highest)
+    one_image = 1 / step * math.sqrt(numel * highest)
     assert quantizer.log_step.grad.tolist() == pytest.approx([4 * one_image, 2 * one_image], rel=1e-5)
 
 

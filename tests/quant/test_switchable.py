@@ -122,9 +122,16 @@ def gradient_scales(layer: SwitchableConv2d, x: Tensor) -> dict[str, Tensor]:
     weight_highest = [2 ** (min(w, 8) - 1) - 1 for w, _ in layer.choices]
     signed = layer.input_quantizer.zero_point is not None
     input_highest = [(2 ** (min(a, 8) - 1) - 1) if signed else 2 ** min(a, 8) - 1 for _, a in layer.choices]
+    weight_scale = (layer.weight.numel() * torch.tensor(weight_highest).double()).rsqrt()
+    input_scale = (x[0].numel() * torch.tensor(input_highest).double()).rsqrt()
+
+    def descent_on_log(quantizer: nn.Module) -> Tensor:  # 1 / s^2: a step on log s moves s as far as one on s would
+        return quantizer.log_step.detach().flatten().exp() ** -2 if quantizer.any_quantized else torch.ones(())
+
     return {
-        "weight_quantizer.log_step": (layer.weight.numel() * torch.tensor(weight_highest).double()).rsqrt(),
-        "input_quantizer.log_step": (x[0].numel() * torch.tensor(input_highest).double()).rsqrt(),
+        "weight_quantizer.log_step": weight_scale * descent_on_log(layer.weight_quantizer),
+        "input_quantizer.log_step": input_scale * descent_on_log(layer.input_quantizer),
+        "input_quantizer.zero_point": input_scale,
     }
 
 
@@ -223,6 +230,22 @@ def test_float32_statistics_hold_for_channels_far_off_centre() -> None:
     y = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(0)) + 30  # mean of 30 standard deviations
     expected = F.batch_norm(y.double(), None, None, training=True).float()
     torch.testing.assert_close(norm(y, None, torch.zeros(6, dtype=torch.int64)).value(), expected, rtol=0, atol=2e-3)
+
+
+def test_statistics_keep_float32_where_the_sums_are_bf16() -> None:
+    norm = PerChoiceBatchNorm(3, 2).train()
+    y = (torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + 20).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = norm(y, None, torch.zeros(6, dtype=torch.int64)).value()
+    expected = F.batch_norm(y.double(), None, None, training=True).float()
+    torch.testing.assert_close(value, expected, rtol=0, atol=2e-3)
+
+
+def test_one_pixel_leaves_the_running_statistics_alone() -> None:
+    norm = PerChoiceBatchNorm(3, 2).train()
+    norm(torch.randn(3, 3, 1, 1), None, torch.tensor([0, 1, 1]))
+    assert norm.running_var[0].tolist() == [1, 1, 1]
+    assert (norm.running_var[1] != 1).all()
 
 
 def test_a_constant_channel_becomes_its_bias() -> None:

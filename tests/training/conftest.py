@@ -22,7 +22,7 @@ pretrain_quant: {{epochs: 2, batch_size: 4, lr: 0.001}}
 search: {{epochs: 2, batch_size: 4, policy_batch_size: 4, policy_lr: 0.01}}
 finetune: {{epochs: 1, batch_size: 4, lr: 0.0001}}
 eval: {{batch_size: 4}}
-runtime: {{compile: "off"}}
+runtime: {{compile: off}}
 """
 SPLITS = {"train": 8, "val": 4, "test": 6}
 MakeCommand = Callable[..., Command]

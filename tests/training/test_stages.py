@@ -164,7 +164,7 @@ def test_another_config_in_the_same_run_is_refused_and_nothing_is_lost(finished_
 def test_stage_without_its_predecessor_names_what_to_run(make_command, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pretrain_quant: no checkpoint; run pretrain\.py first"):
         stages.run_search(make_command("search", tmp_path / "empty"))
-    with pytest.raises(InputError, match=r"finetune: no checkpoint; run finetune\.py first"):
+    with pytest.raises(InputError, match=r"search: no checkpoint; run search\.py first"):
         stages.run_eval(make_command("eval", tmp_path / "empty"))
 
 
@@ -233,3 +233,76 @@ def test_single_evaluation_does_not_touch_the_comparison(finished_run: Path, mak
 @pytest.mark.parametrize("name", ["shapes", "bccd", "bccd_small", "voc"])
 def test_shipped_config_is_valid(name: str) -> None:
     assert parse_command("pretrain", ["--config", f"configs/{name}.yaml"]).run == Path("runs") / name
+
+
+def test_restarted_pretraining_sets_both_of_its_stages_aside_at_once(
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "pretrain_quant")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "train_detector_epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_pretrain(make_command("pretrain", run, "--restart"))
+    assert not (run / "pretrain_quant").exists()
+    for stage in ("pretrain_fp32", "pretrain_quant"):
+        assert (run / f"{stage}.old-1" / "last.pt").is_file()
+
+
+def test_a_stage_does_not_go_on_after_its_source_has_changed(finished_run: Path, make_command, tmp_path: Path) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "pretrain_quant", "search")
+    for name in ("last.pt", "best.pt"):
+        state = load_checkpoint(run / "pretrain_quant" / name)
+        state["metrics"] = {"train/loss": 1.0}
+        save_checkpoint(run / "pretrain_quant" / name, state)
+    with pytest.raises(
+        InputError, match=r"search: was begun otherwise \(the checkpoint that it started from.*--restart"
+    ):
+        stages.run_search(make_command("search", run))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"classes": ["a", "b"]}, "classes: "),
+        ({"config": {}}, "of another version of this program"),
+        ({"config": None}, "of another version of this program"),
+        ({"networks": {}}, "of another version of this program"),
+        ({"stage": "finetune"}, 'stage: "finetune" -> "search"'),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(
+    finished_run: Path, make_command, tmp_path: Path, change: dict, message: str
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_quant", "search")
+    save_checkpoint(run / "search" / "last.pt", load_checkpoint(run / "search" / "last.pt") | change)
+    with pytest.raises(InputError, match=message) as caught:
+        stages.run_search(make_command("search", run))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_budget_that_no_configuration_can_meet_is_refused(finished_run: Path, make_command, tmp_path: Path) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_quant")
+    with pytest.raises(InputError, match=r"reward\.target_gbitops: expected .* got 1000"):
+        stages.run_search(make_command("search", run, "--reward.name=budget", "--reward.target_gbitops=1000"))
+    assert not (run / "search").exists()
+
+
+def test_all_positions_can_be_searched_and_compared(make_command, tmp_path: Path) -> None:
+    options = ("--bits.positions=all", "--pretrain_fp32.epochs=1", "--pretrain_quant.epochs=1", "--search.epochs=1")
+    run = tmp_path / "run"
+    for stage, run_stage in (("pretrain", stages.run_pretrain), ("search", stages.run_search)):
+        run_stage(make_command(stage, run, *options))
+    stages.run_eval(make_command("eval", run, "--bits", "all", *options))
+    images = read_images(run)
+    assert all(None not in row and None not in row.values() for row in images)  # every line as long as the header
+    policy = [row for row in images if row["bits"] == "policy"]
+    assert all(row[f"position_{position:02d}"].startswith("w") for row in policy for position in range(47))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, make_command) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be created"):
+        stages.run_pretrain(make_command("pretrain", tmp_path / "file" / "run"))

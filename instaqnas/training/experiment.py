@@ -1,0 +1,263 @@
+"""The parts that a config describes, and the checkpoints that stages hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from instaqnas.config import Command, Config, TrainConfig, completed, differences, to_plain
+from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, collate, load_images, make_loader
+from instaqnas.data.transforms import SampleTransform, eval_transform, flip_transform, train_transform
+from instaqnas.data.voc import Annotation, read_class_names, read_split
+from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs, position_count
+from instaqnas.errors import InputError
+from instaqnas.policy.bit_config import ChooseBits, fixed, uniformly_random
+from instaqnas.policy.network import PolicyNet
+from instaqnas.seeds import derived_seed, generator
+from instaqnas.training.checkpoint import load_checkpoint
+from instaqnas.training.evaluate import EvalReport, evaluate
+from instaqnas.training.run_dir import best_checkpoint
+
+CALIBRATION_IMAGES = 64
+CACHED_SIDE = 2  # shorter side of a cached image, in sides of the network's input
+PICTURES = 4
+FULL_PRECISION_STAGES = ("pretrain_fp32",)
+POLICY_STAGES = ("search", "finetune")
+QUANTIZED_STAGES = ("pretrain_quant", *POLICY_STAGES)
+# The sections of the config that a network of a stage's checkpoint depends on.
+NETWORK_SECTIONS = {
+    "pretrain_fp32": ("detector",),
+    "pretrain_quant": ("detector", "bits"),
+    "search": ("detector", "bits", "policy"),
+    "finetune": ("detector", "bits", "policy"),
+}
+
+
+class Experiment:
+    """Builds the parts that a config describes.
+
+    Args:
+        config: the whole config.
+        class_names: without background; None reads them from the data.
+
+    Raises: InputError if the data or the device is not there.
+    """
+
+    def __init__(self, config: Config, class_names: Sequence[str] | None = None) -> None:
+        self.config, self.plain = config, to_plain(config)
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("device: cuda is not available on this machine; known: auto, cpu")
+        name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+        self.device = torch.device(name)
+        self.class_names = read_class_names(config.data.roots) if class_names is None else tuple(class_names)
+        self._annotations: dict[tuple[str, ...], list[Annotation]] = {}
+        self._images: list[np.ndarray] | None = None
+
+    def detector(self, bits: DetectorBits) -> SwitchableSSD:
+        """A detector on the device; first weights from the seed."""
+        settings = self.config.detector
+        # Quantized layers are batched products over [channels, pixels], which want the ordinary layout.
+        channels_last = self.config.runtime.channels_last and bits.quantize_nothing
+        torch.manual_seed(derived_seed(self.config.seed, "detector"))
+        return SwitchableSSD(
+            len(self.class_names) + 1,
+            bits,
+            image_size=settings.image_size,
+            width=settings.width,
+            extras_batch_norm=settings.extras_batch_norm,
+            box_sizes=settings.box_sizes,
+            amp=self.config.runtime.amp,
+        ).to(self.device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def quantized_detector(self) -> SwitchableSSD:
+        """The detector at the bits of the config."""
+        bits = self.config.bits
+        return self.detector(DetectorBits(**{item.name: getattr(bits, item.name) for item in fields(bits)}))
+
+    def policy(self) -> PolicyNet:
+        """The policy network on the device; first weights from the seed."""
+        settings = self.config.policy
+        torch.manual_seed(derived_seed(self.config.seed, "policy"))
+        policy = PolicyNet(
+            position_count(self.config.bits.positions),
+            len(self.config.bits.choices),
+            pool=settings.pool,
+            width=settings.width,
+            bits=settings.bits,
+        )
+        return policy.to(self.device)
+
+    def train_loader(self, batch_size: int, stage: str) -> DetectionLoader:
+        """Augmented training images; order and augmentation differ by stage."""
+        data = self.config.data
+        build = train_transform if data.augmentation == "ssd" else flip_transform
+        transform = build(self.config.detector.image_size, vertical_flip=data.vertical_flip)
+        return self._loader(data.roots, data.train_split, transform, batch_size, stage, training=True)
+
+    def plain_train_loader(self, batch_size: int, stage: str) -> DetectionLoader:
+        """Training images as evaluation sees images, in random order: what the policy learns from."""
+        data = self.config.data
+        return self._loader(data.roots, data.train_split, self._eval_transform, batch_size, stage, training=True)
+
+    def eval_loader(self, split: str, roots: list[str]) -> DetectionLoader:
+        """All images of a split in order."""
+        return self._loader(roots, split, self._eval_transform, self.config.eval.batch_size, "eval", training=False)
+
+    def val_loader(self) -> DetectionLoader | None:
+        """The val split, None where the config has none."""
+        data = self.config.data
+        return self.eval_loader(data.val_split, data.roots) if data.val_split else None
+
+    def test_loader(self) -> DetectionLoader:
+        """The test split."""
+        data = self.config.data
+        return self.eval_loader(data.test_split, data.test_roots or data.roots)
+
+    def calibration_images(self) -> Tensor:
+        """Random training images [n, 3, S, S] for the first step sizes."""
+        data = self.config.data
+        dataset = self._dataset(data.roots, data.train_split, self._eval_transform, "calibration")
+        order = torch.randperm(len(dataset), generator=generator(self.config.seed, "calibration"))
+        return _batch(dataset, order[:CALIBRATION_IMAGES].tolist()).images.to(self.device)
+
+    def picture_batch(self) -> Batch:
+        """A few images to look at: the first of the val split, or of the train split where there is none."""
+        data = self.config.data
+        dataset = self._dataset(data.roots, data.val_split or data.train_split, self._eval_transform, "pictures")
+        return _batch(dataset, range(min(PICTURES, len(dataset)))).to(self.device)
+
+    def choose_random(self, *purpose: int | str) -> ChooseBits:
+        """Uniformly random configurations from a stream of their own."""
+        random = generator(self.config.seed, *purpose)
+        positions = position_count(self.config.bits.positions)
+        return uniformly_random(positions, len(self.config.bits.choices), random)
+
+    def choose_fixed(self, detector: SwitchableSSD, choice: int = 0) -> ChooseBits:
+        """The same choice at every position of `detector`."""
+        return fixed([choice] * len(detector.positions))
+
+    def evaluate(
+        self, detector: SwitchableSSD, loader: DetectionLoader, choose_bits: ChooseBits, policy_cost: float = 0.0
+    ) -> EvalReport:
+        """Figures of a detector on a split."""
+        return evaluate(
+            detector,
+            tqdm(loader, desc="evaluate", leave=False),
+            choose_bits,
+            costs=detector_costs(detector),
+            policy_gbitops=policy_cost,
+            class_names=self.class_names,
+            settings=self.config.eval,
+            quality=self.config.reward.quality,
+            quality_threshold=self.config.reward.score_threshold,
+            device=self.device,
+        )
+
+    @property
+    def _eval_transform(self) -> SampleTransform:
+        return eval_transform(self.config.detector.image_size)
+
+    def _split(self, roots: Sequence[str], split: str) -> list[Annotation]:
+        key = (*roots, split)
+        if key not in self._annotations:
+            self._annotations[key] = read_split(roots, split, self.class_names)
+        return self._annotations[key]
+
+    def _train_images(self) -> list[np.ndarray] | None:
+        """The decoded images of the train split, once for all loaders; None where `data.cache` is off."""
+        data = self.config.data
+        if data.cache == "ram" and self._images is None:
+            side = CACHED_SIDE * self.config.detector.image_size
+            self._images = load_images(self._split(data.roots, data.train_split), side)
+        return self._images
+
+    def _dataset(
+        self,
+        roots: list[str],
+        split: str,
+        transform: SampleTransform,
+        stage: str,
+        images: Sequence[np.ndarray] | None = None,
+    ) -> DetectionDataset:
+        seed = derived_seed(self.config.seed, stage, "pixels")
+        return DetectionDataset(self._split(roots, split), transform, seed=seed, images=images)
+
+    def _loader(
+        self, roots: list[str], split: str, transform: SampleTransform, batch_size: int, stage: str, *, training: bool
+    ) -> DetectionLoader:
+        images = self._train_images() if training else None  # what is reported comes from the files
+        return make_loader(
+            self._dataset(roots, split, transform, stage, images),
+            batch_size,
+            shuffle=training,
+            seed=derived_seed(self.config.seed, stage, "order"),
+            workers=self.config.data.workers,
+            drop_last=training,
+        )
+
+
+def finished_checkpoint(run: Path, stage: str, settings: TrainConfig, script: str) -> Path:
+    """The checkpoint of a stage that has run to its end.
+
+    Raises: InputError if it has not begun or not ended.
+    """
+    path = best_checkpoint(run, stage)
+    if not path.exists():
+        raise InputError(f"{run / stage}: no checkpoint; run {script} first, or name a checkpoint with --init")
+    epoch = load_checkpoint(run / stage / "last.pt")["epoch"]
+    if epoch < settings.epochs:
+        raise InputError(f"{run / stage}: at epoch {epoch} of {settings.epochs}; repeat {script} to finish it")
+    return path
+
+
+def latest_policy_checkpoint(command: Command) -> Path:
+    """The checkpoint of the finetuning, of the search if that has not begun.
+
+    Raises: InputError as `finished_checkpoint`.
+    """
+    config = command.config
+    if best_checkpoint(command.run, "finetune").exists():
+        return finished_checkpoint(command.run, "finetune", config.finetune, "finetune.py")
+    return finished_checkpoint(command.run, "search", config.search, "search.py")
+
+
+def load_network(
+    experiment: Experiment,
+    network: nn.Module,
+    name: str,
+    path: Path,
+    *,
+    stages: Sequence[str],
+) -> None:
+    """Loads one network of a checkpoint.
+
+    Raises: InputError if the checkpoint is not of one of `stages`, or was trained with other settings or classes.
+    """
+    state = load_checkpoint(path)
+    if state["stage"] not in stages:
+        raise InputError(f"{path}: a checkpoint of stage {state['stage']}; needed here: {' or '.join(stages)}")
+    sections = NETWORK_SECTIONS[state["stage"]]
+    try:
+        old = completed(state["config"])
+        changed = differences(
+            {**{section: old[section] for section in sections}, "classes": state["classes"]},
+            {**{section: experiment.plain[section] for section in sections}, "classes": list(experiment.class_names)},
+        )
+        if changed:
+            raise InputError(f"trained with other settings: {'; '.join(changed)}")
+        network.load_state_dict(state["networks"][name])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"{path}: of another version of this program ({first_line})") from error
+
+
+def _batch(dataset: DetectionDataset, indices: Iterable[int]) -> Batch:
+    return collate([dataset[0, index] for index in indices])
