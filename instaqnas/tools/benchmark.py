@@ -1,0 +1,599 @@
+"""Times and peak memory of the detector beside what it is compared with: `python -m instaqnas.tools.benchmark`.
+
+Rows: `fp32`, full precision in torch's own modules, channels-last; `fp32_compiled`, the same under torch.compile;
+`masked`, the published strategy: at each position all K branches run on every image, then are masked; `ours`, also with
+2 and 8 choices, in bf16 and at half the batch. Columns: a training step (forward, loss, backward, AdamW); an evaluation
+forward; a rollout (the policy, then its sampled and its greedy configuration judged with suppression and quality); the
+most memory that training takes.
+
+All rows have the same images, objects and first weights, and learning rate 0: none changes while it is measured. The
+detector is untrained, so nearly every box scores above the threshold, which also is that of the quality here:
+suppression and quality have as much to do as they can have, for `masked` and `ours` alike.
+
+Times are medians, taken in turn in one process; peaks are each from a process of its own, for freed memory stays with a
+process. Only ratios within one run mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial, reduce
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.ops import box_iou, clip_boxes_to_image, nms
+
+from instaqnas.config import BitsConfig, EvalConfig, PolicyConfig, RewardConfig, SearchConfig
+from instaqnas.data.loader import Batch, DetectionDataset, make_loader
+from instaqnas.data.shapes import generate_shapes
+from instaqnas.data.transforms import train_transform
+from instaqnas.data.voc import VOC_CLASSES, read_class_names, read_image, read_split
+from instaqnas.detector import ssd
+from instaqnas.detector.default_boxes import decode
+from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD
+from instaqnas.errors import InputError, exit_on_input_error
+from instaqnas.metrics.matching import VOC_IOU_THRESHOLD
+from instaqnas.metrics.voc import DetectionRecords, voc_map
+from instaqnas.policy.bit_config import mix_uniform, sample, uniformly_random
+from instaqnas.policy.network import PolicyNet
+from instaqnas.quant.fused import compile_passes
+from instaqnas.quant.quantizers import level_range
+from instaqnas.quant.switchable import BitChoice, PerChoiceBatchNorm, SwitchableConv2d, calibrate
+from instaqnas.seeds import generator
+from instaqnas.training.evaluate import detect, quality_of
+from instaqnas.training.runtime import keep_freed_memory
+
+BITS, EVAL, POLICY, REWARD, SEARCH = BitsConfig(), EvalConfig(), PolicyConfig(), RewardConfig(), SearchConfig()
+CHOICES = (*BITS.choices, (2, 4), (6, 4), (7, 4), (8, 4), (8, 8))
+POSITIONS = ssd.position_count("pointwise")
+WARM_UPS = 2  # rounds: the first compiles and allocates
+OBJECTS = 3  # an image
+VOC07_TEST_IMAGES, VOC07_MOST_DETECTIONS = 4952, 150
+VOC_SIDE = 433  # a square of as many pixels as VOC's 500 x 375
+LOADER_BATCHES = 8  # for each worker
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Size of what is measured; `classes` counts the background, `choices` is K."""
+
+    image_size: int
+    width: float
+    classes: int
+    choices: int
+    batch: int
+    amp: ssd.Amp = "off"
+
+
+# --- Networks to compare with -----------------------------------------------------------------------------------------
+
+
+class TorchConv(nn.Module):
+    """A layer of the full-precision detector in torch's own modules: convolution, then BatchNorm or a bias.
+
+    Args:
+        layer: the layer, for shape and weights.
+        bits: quantizes weight and input as LSQ does; None leaves them as they are.
+    """
+
+    def __init__(self, layer: SwitchableConv2d, bits: BitChoice | None = None) -> None:
+        super().__init__()
+        out, inputs, kernel, _ = layer.weight.shape
+        settings = {"groups": layer.groups, "bias": layer.bias is not None}
+        self.conv = nn.Conv2d(inputs * layer.groups, out, kernel, layer.stride, layer.padding, **settings)
+        self.conv.load_state_dict(layer.state_dict(), strict=False)
+        self.norm = nn.Identity()
+        if layer.norm is not None:
+            self.norm = nn.BatchNorm2d(out)
+            self.norm.load_state_dict({name: v[0] for name, v in layer.norm.state_dict().items()}, strict=False)
+        self.bits = bits
+        if bits is not None:
+            self.levels = level_range(bits[0], signed=True), level_range(bits[1], signed=layer.input_quantizer.signed)
+            # LSQ's first step sizes; 0.4 is the mean of unit normal values behind a ReLU.
+            magnitudes = layer.weight.detach().abs().mean().item(), 0.4
+            steps = [2 * mean / math.sqrt(most) for mean, (_, most) in zip(magnitudes, self.levels, strict=True)]
+            self.steps = nn.Parameter(torch.tensor(steps))
+
+    def forward(self, x: Tensor, choice: Tensor | None = None) -> Tensor:
+        """[B, in, H, W] -> [B, out, H', W'], whatever the choice."""
+        conv = self.conv
+        if self.bits is None:
+            return self.norm(conv(x))
+        pairs = zip((conv.weight, x), self.steps, self.levels, strict=True)
+        weight, x = (fake_quantize(*pair) for pair in pairs)
+        return self.norm(F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, groups=conv.groups))
+
+
+def fake_quantize(x: Tensor, step: Tensor, levels: tuple[int, int]) -> Tensor:
+    """step * round(clip(x / step)) in torch operations: straight-through rounding, gradient of `step` scaled (LSQ)."""
+    scale = 1 / math.sqrt(x.numel() * levels[1])
+    step = step * scale + (step * (1 - scale)).detach()
+    position = (x / step).clamp(*levels)
+    return (position + (position.round() - position).detach()) * step
+
+
+class MaskedBranches(nn.Module):
+    """K convolutions with their own weights, step sizes and BatchNorm."""
+
+    def __init__(self, layer: SwitchableConv2d, choices: Sequence[BitChoice]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(TorchConv(layer, bits) for bits in choices)
+
+    def forward(self, x: Tensor, choice: Tensor) -> Tensor:
+        """[B, in, H, W] -> [B, out, H', W']: all branches on every image, times the one-hot choice [B], summed."""
+        mask = F.one_hot(choice, len(self.branches)).to(x.dtype)[:, :, None, None, None]  # [B, K, 1, 1, 1]
+        return reduce(torch.add, (mask[:, k] * branch(x) for k, branch in enumerate(self.branches)))
+
+
+class BaselineSSD(nn.Module):
+    """MobileNetV1-SSD in torch's own modules.
+
+    Args:
+        source: the detector in full precision, for shapes and weights.
+        convert: builds a layer from the name of its group and the layer of `source`.
+    """
+
+    loss = SwitchableSSD.loss  # reads nothing but the default boxes and the image size
+
+    def __init__(self, source: SwitchableSSD, convert: Callable[[str, SwitchableConv2d], nn.Module]) -> None:
+        super().__init__()
+        self.classes, self.image_size = source.classes, source.image_size
+        self.register_buffer("default_boxes_cxcywh", source.default_boxes_cxcywh, persistent=False)
+
+        def modules(group: str, layers: Iterable[SwitchableConv2d]) -> nn.ModuleList:
+            return nn.ModuleList(convert(group, layer) for layer in layers)
+
+        blocks = source.backbone.blocks
+        self.stem, self.relu = convert("stem", source.backbone.stem), nn.ReLU(inplace=True)
+        self.depthwise = modules("depthwise", (block.depthwise for block in blocks))
+        self.pointwise = modules("pointwise", (block.pointwise for block in blocks))
+        self.reduce = modules("extras", (extra.reduce for extra in source.extras))
+        self.down = modules("extras", (extra.down for extra in source.extras))
+        self.box_heads, self.class_heads = modules("heads", source.box_heads), modules("heads", source.class_heads)
+
+    def forward(self, images: Tensor, choices: Tensor) -> SSDOutput:
+        """As `SwitchableSSD.forward` with the pointwise layers as positions."""
+        x, sources = self.relu(self.stem((images.float() - ssd.PIXEL_MEAN) / ssd.PIXEL_SCALE)), []
+        blocks = zip(self.depthwise, self.pointwise, choices.unbind(1), strict=True)
+        for index, (depthwise, pointwise, choice) in enumerate(blocks):
+            x = self.relu(pointwise(self.relu(depthwise(x)), choice))
+            if index in ssd.SOURCE_BLOCKS:
+                sources.append(x)
+        for reduce_channels, down in zip(self.reduce, self.down, strict=True):
+            x = self.relu(down(self.relu(reduce_channels(x))))
+            sources.append(x)
+
+        def predict(heads: nn.ModuleList, values: int) -> Tensor:
+            maps = (head(x).permute(0, 2, 3, 1) for head, x in zip(heads, sources, strict=True))
+            return torch.cat([y.reshape(len(y), -1, values) for y in maps], 1)
+
+        return SSDOutput(predict(self.box_heads, 4), predict(self.class_heads, self.classes))
+
+
+def detections_of_image(
+    box_offsets: Tensor, class_logits: Tensor, defaults_cxcywh: Tensor, image_size: int
+) -> tuple[Tensor, Tensor]:
+    """Boxes xyxy [D, 4] in pixels and labels [D] of one image, best first, by a loop over classes."""
+    boxes = clip_boxes_to_image(decode(box_offsets, defaults_cxcywh) * image_size, (image_size, image_size))
+    scores, found = class_logits.softmax(-1), []
+    for label in range(1, scores.shape[1]):
+        own = (scores[:, label] >= EVAL.score_threshold).nonzero().squeeze(1)
+        own = own[scores[own, label].topk(min(EVAL.candidates_per_class, len(own))).indices]
+        own = own[nms(boxes[own], scores[own, label], EVAL.nms_iou)]
+        found.append((boxes[own], scores[own, label], torch.full_like(own, label)))
+    boxes, scores, labels = map(torch.cat, zip(*found, strict=True))
+    best = scores.argsort(descending=True)[: EVAL.max_detections]
+    return boxes[best], labels[best]
+
+
+def f1_of_image(boxes_xyxy: Tensor, labels: Tensor, gt_boxes_xyxy: Tensor, gt_labels: Tensor) -> float:
+    """F1 of the detections of one image with objects, none of them difficult, by a loop over detections."""
+    found = set()
+    for box, label in zip(boxes_xyxy, labels, strict=True):
+        overlap, index = torch.where(gt_labels == label, box_iou(box[None], gt_boxes_xyxy)[0], 0).max(0)
+        if overlap >= VOC_IOU_THRESHOLD:
+            found.add(int(index))
+    return 2 * len(found) / (len(labels) + len(gt_labels))
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+
+def judge_in_loops(network: BaselineSSD, batch: Batch, choices: Tensor) -> Tensor:
+    """Quality [B] under bit configurations [B, L], image by image."""
+    output, qualities = network(batch.images, choices), []
+    for offsets, logits, *objects in zip(
+        output.box_offsets, output.class_logits, batch.boxes_xyxy, batch.labels, strict=True
+    ):
+        found = detections_of_image(offsets, logits, network.default_boxes_cxcywh, network.image_size)
+        qualities.append(f1_of_image(*found, *objects))
+    return torch.tensor(qualities)
+
+
+def judge_batched(network: SwitchableSSD, batch: Batch, choices: Tensor) -> Tensor:
+    """Quality [B] under bit configurations [B, L], as the search finds it."""
+    return quality_of(detect(network, batch.images, choices, EVAL), batch, REWARD.quality, EVAL.score_threshold)
+
+
+def switchable(bits: DetectorBits, settings: Settings, images: Tensor) -> SwitchableSSD:
+    """An untrained detector, on the device of the images."""
+    torch.manual_seed(0)
+    network = SwitchableSSD(
+        settings.classes, bits, image_size=settings.image_size, width=settings.width, amp=settings.amp
+    )
+    return network.to(images.device)
+
+
+def full_precision(settings: Settings, images: Tensor) -> SwitchableSSD:
+    """The network whose weights all rows start from; its BatchNorm has seen the images."""
+    network = switchable(DetectorBits.full_precision(), settings, images)
+    for module in network.modules():
+        if isinstance(module, PerChoiceBatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network(images, torch.zeros(len(images), POSITIONS, dtype=torch.int64, device=images.device))
+    return network
+
+
+def plain(settings: Settings, images: Tensor, _choices: Tensor) -> BaselineSSD:
+    """Full precision in torch's own modules."""
+    network = BaselineSSD(full_precision(settings, images), lambda _, layer: TorchConv(layer))
+    return network.to(images.device, memory_format=torch.channels_last)
+
+
+def masked(settings: Settings, images: Tensor, _choices: Tensor) -> BaselineSSD:
+    """All branches, then the mask."""
+
+    def convert(group: str, layer: SwitchableConv2d) -> nn.Module:
+        if group == "pointwise":
+            return MaskedBranches(layer, CHOICES[: settings.choices])
+        return TorchConv(layer, getattr(BITS, group))
+
+    return BaselineSSD(full_precision(settings, images), convert).to(images.device)
+
+
+def ours(settings: Settings, images: Tensor, choices: Tensor) -> SwitchableSSD:
+    """Each image computed once, at its own bit configuration."""
+    bits = DetectorBits(CHOICES[: settings.choices], BITS.stem, BITS.depthwise, BITS.extras, BITS.heads)
+    network = switchable(bits, settings, images)
+    ssd.copy_weights(full_precision(settings, images), network)
+    calibrate(network, lambda: network(images, choices))
+    return network
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network at work on a batch: each method does once what a column measures."""
+
+    network: nn.Module
+    batch: Batch
+    choices: Tensor  # [B, L]
+    policy: PolicyNet
+    judge: Callable[[Any, Batch, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def train_step(self) -> None:
+        """Forward, loss, backward and update."""
+        self.network.train()
+        output = self.network(self.batch.images, self.choices)
+        losses = self.network.loss(output, self.batch.boxes_xyxy, self.batch.labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def eval_forward(self) -> None:
+        """Raw outputs of the batch."""
+        self.network.eval()(self.batch.images, self.choices)
+
+    @torch.no_grad()
+    def rollout(self) -> None:
+        """The policy's bit configurations, sampled and greedy, and what they bring."""
+        self.network.eval()
+        logits = self.policy(self.batch.images)
+        sampled = sample(mix_uniform(logits, SEARCH.epsilon_start), generator("benchmark samples"))
+        for choices in (sampled, logits.argmax(-1)):
+            self.judge(self.network, self.batch, choices)
+
+
+ACTIONS = {"train_seconds": Row.train_step, "eval_seconds": Row.eval_forward, "rollout_seconds": Row.rollout}
+ALL = (*ACTIONS, "memory_mib")
+TRAINING = ("train_seconds", "memory_mib")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a row is built, and its columns."""
+
+    build: Callable[[Settings, Tensor, Tensor], nn.Module]  # from images [B, 3, S, S] and choices [B, L]
+    columns: tuple[str, ...]
+    judge: Callable[[Any, Batch, Tensor], Tensor] = judge_batched
+    adapt: Callable[[Settings], Settings] = replace  # of a copy, nothing
+
+
+PLANS = {
+    "fp32": Plan(plain, ("train_seconds", "eval_seconds", "memory_mib")),
+    "fp32_compiled": Plan(lambda *arguments: torch.compile(plain(*arguments)), ("train_seconds", "eval_seconds")),
+    "masked": Plan(masked, ALL, judge_in_loops),
+    "ours": Plan(ours, ALL),
+    "ours_k2": Plan(ours, TRAINING, adapt=partial(replace, choices=2)),
+    "ours_k8": Plan(ours, TRAINING, adapt=partial(replace, choices=8)),
+    "ours_bf16": Plan(ours, TRAINING, adapt=partial(replace, amp="bf16")),
+    "ours_half_batch": Plan(ours, TRAINING, adapt=lambda settings: replace(settings, batch=settings.batch // 2)),
+}
+RATIOS = {
+    "train_vs_fp32": ("train_seconds", "ours", "fp32"),
+    "eval_vs_fp32": ("eval_seconds", "ours", "fp32"),
+    "train_vs_fp32_compiled": ("train_seconds", "ours", "fp32_compiled"),
+    "eval_vs_fp32_compiled": ("eval_seconds", "ours", "fp32_compiled"),
+    "train_vs_masked": ("train_seconds", "masked", "ours"),  # a speed-up, like the next
+    "rollout_vs_masked": ("rollout_seconds", "masked", "ours"),
+    "memory_vs_masked": ("memory_mib", "ours", "masked"),
+    "k8_vs_k2_train": ("train_seconds", "ours_k8", "ours_k2"),
+    "k8_vs_k2_memory": ("memory_mib", "ours_k8", "ours_k2"),
+    "amp_bf16_vs_fp32_train": ("train_seconds", "ours_bf16", "ours"),
+}
+Figures = dict[str, dict[str, float]]  # by row and column
+
+
+def build_row(name: str, settings: Settings, device: torch.device) -> Row:
+    """The row `name` of PLANS, ready to run."""
+    plan, settings = PLANS[name], PLANS[name].adapt(settings)
+    batch = random_batch(settings).to(device)
+    choices = uniformly_random(POSITIONS, settings.choices, generator("benchmark choices"))(batch.images)
+    network = plan.build(settings, batch.images, choices)
+    policy = PolicyNet(POSITIONS, settings.choices, pool=POLICY.pool, width=POLICY.width, bits=POLICY.bits).to(device)
+    calibrate(policy, lambda: policy(batch.images))
+    return Row(network, batch, choices, policy, plan.judge, torch.optim.AdamW(network.parameters(), lr=0.0))
+
+
+def random_batch(settings: Settings) -> Batch:
+    """Noise with objects, the same for all rows."""
+    images, size, random = settings.batch, settings.image_size, generator("benchmark images")
+    pixels = torch.randint(256, (images, 3, size, size), generator=random, dtype=torch.uint8)
+    boxes, labels = random_objects(images, OBJECTS, settings.classes, random)
+    ids = [str(index) for index in range(images)]
+    return Batch(pixels, boxes * size, labels, torch.zeros_like(labels, dtype=torch.bool), ids, torch.arange(images))
+
+
+def random_objects(images: int, objects: int, classes: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Boxes xyxy [B, N, 4] in the unit square, 0.1 to 0.5 wide and high, and labels [B, N]."""
+    corner, side = torch.rand(2, images, objects, 2, generator=random)
+    labels = torch.randint(1, classes, (images, objects), generator=random)
+    return torch.cat([corner / 2, corner / 2 + 0.1 + 0.4 * side], -1), labels
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+def medians_in_turn(
+    actions: Mapping[Any, Callable[[], object]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[Any, float]:
+    """Median seconds of each action: A B C, A B C, ..., of which the first `WARM_UPS` rounds do not count."""
+    seconds: dict[Any, list[float]] = {key: [] for key in actions}
+    for _ in range(WARM_UPS + repetitions):
+        for key, action in actions.items():
+            start = clock()
+            action()
+            seconds[key].append(clock() - start)
+    return {key: median(values[WARM_UPS:]) for key, values in seconds.items()}
+
+
+def time_rows(names: Iterable[str], settings: Settings, repetitions: int, device: torch.device) -> Figures:
+    """Median seconds by row and column."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    rows = {name: build_row(name, settings, device) for name in names}
+    cells = [(name, column) for column in ACTIONS for name in rows if column in PLANS[name].columns]
+    actions = {(name, column): partial(ACTIONS[column], rows[name]) for name, column in cells}
+    seconds = medians_in_turn(actions, repetitions, clock)
+    return {row: {column: value for (name, column), value in seconds.items() if name == row} for row in rows}
+
+
+def training_mib(name: str, settings: Settings) -> float:
+    """MiB that building row `name` and training it takes at most; for a process that has computed nothing yet."""
+    device = prepare()
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else _resident_bytes("VmRSS")
+    row = build_row(name, settings, device)
+    for _ in range(WARM_UPS):  # the optimizer has its state from the second step on
+        row.train_step()
+    most = torch.cuda.max_memory_allocated(device) if cuda else _resident_bytes("VmHWM")
+    return (most - before) / 2**20
+
+
+def _resident_bytes(field: str) -> int:
+    # Not resource.getrusage: its maximum starts from that of the parent process.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def in_fresh_process(name: str, settings: Settings) -> float:
+    """`training_mib` in a process of its own that has done nothing but imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["instaqnas.training.evaluate"])  # the imports that take long
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(training_mib, name, settings).result()
+        except BrokenExecutor:
+            raise InputError(f"row {name} was killed, probably for want of memory: try a smaller --batch") from None
+
+
+def prepare() -> torch.device:
+    """The device, in a process that is from now on as one that trains."""
+    keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compile_passes("auto", device)
+    return device
+
+
+def voc07_records(images: int) -> DetectionRecords:
+    """Random objects, and 50 to 150 detections an image, the first of them near the objects."""
+    random, records, classes = generator("benchmark detections"), DetectionRecords(), len(VOC_CLASSES) + 1
+    for ids in torch.arange(images).split(EVAL.batch_size):
+        boxes, labels = random_objects(len(ids), VOC07_MOST_DETECTIONS, classes, random)
+        objects = boxes[:, :OBJECTS] + 0.01 * torch.randn(len(ids), OBJECTS, 4, generator=random)
+        counts = torch.randint(50, VOC07_MOST_DETECTIONS + 1, (len(ids), 1), generator=random)
+        detected = labels.where(torch.arange(VOC07_MOST_DETECTIONS) < counts, 0)
+        scores = torch.rand(labels.shape, generator=random)
+        difficult = torch.rand(len(ids), OBJECTS, generator=random) < 0.2
+        records.add(ids.tolist(), boxes, scores, detected, objects, labels[:, :OBJECTS], difficult)
+    return records
+
+
+def loader_throughput(roots: Sequence[str], settings: Settings, repetitions: int) -> dict[str, float]:
+    """Images per second of the training loader with full augmentation, and of bare decoding and resizing."""
+    workers = os.cpu_count() or 1
+    images = LOADER_BATCHES * workers * settings.batch
+    with tempfile.TemporaryDirectory() as folder:
+        if not roots:
+            roots = [f"{folder}/shapes"]
+            generate_shapes(Path(roots[0]), {"train": images}, image_size=VOC_SIDE)
+        annotations = read_split(roots, "train", read_class_names(roots))[:images]
+        dataset = DetectionDataset(annotations, train_transform(settings.image_size, vertical_flip=False))
+        loader = make_loader(dataset, settings.batch, shuffle=True, seed=0, workers=workers)
+        bare = DataLoader(
+            [annotation.image_path for annotation in annotations],
+            settings.batch,
+            num_workers=workers,
+            collate_fn=partial(decoded, settings.image_size),
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            persistent_workers=True,  # as in the training loader: their start is part of the warm-up
+        )
+        epochs = {"loader": partial(deque, loader, 0), "decode": partial(deque, bare, 0)}  # read and forget
+        return {name: len(annotations) / seconds for name, seconds in medians_in_turn(epochs, repetitions).items()}
+
+
+def decoded(image_size: int, paths: Sequence[Path]) -> Tensor:
+    """The least a loader has to do: images decoded and resized, uint8 [B, S, S, 3]."""
+    return torch.from_numpy(np.stack([cv2.resize(read_image(path), (image_size, image_size)) for path in paths]))
+
+
+def measure(settings: Settings, repetitions: int, names: Sequence[str], roots: Sequence[str]) -> dict[str, Any]:
+    """All that `--json` prints: ratios, None where a row is left out, then what they are made of."""
+    keep_freed_memory()
+    # What forks, and what needs the memory, comes first, while this process is small.
+    logging.info("loader")
+    images_per_second, memory = loader_throughput(roots, settings, repetitions), {}
+    for name in (name for name in names if "memory_mib" in PLANS[name].columns):
+        logging.info("memory of %s", name)
+        memory[name] = {"memory_mib": in_fresh_process(name, settings)}
+    device = prepare()
+    logging.info("times of %s", ", ".join(names))
+    if "fp32_compiled" in names:
+        logging.info("compiling fp32_compiled, which takes minutes")
+    seconds = time_rows(names, settings, repetitions, device)
+    rows = {name: seconds[name] | memory.get(name, {}) for name in names}
+    records = voc07_records(VOC07_TEST_IMAGES)
+    metric = medians_in_turn({"voc07": lambda: voc_map(records, VOC_CLASSES)}, repetitions)
+    return {
+        **ratios(rows),
+        "metric_seconds_voc07": metric["voc07"],
+        "loader_vs_decode": images_per_second["loader"] / images_per_second["decode"],
+        "train_seconds_by_batch": {
+            str(settings.batch // 2): rows["ours_half_batch"]["train_seconds"],
+            str(settings.batch): rows["ours"]["train_seconds"],
+        },
+        "images_per_second": images_per_second,
+        "rows": rows,
+        "settings": asdict(settings) | {"repetitions": repetitions},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def ratios(rows: Figures) -> dict[str, float | None]:
+    """RATIOS of what was measured."""
+    return {
+        key: rows[row][column] / rows[other][column] if row in rows and other in rows else None
+        for key, (column, row, other) in RATIOS.items()
+    }
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """Rows and columns, then everything else, a line each."""
+    lines = [f"{'row':<24}" + "".join(f"{column:>17}" for column in ALL)]
+    for name, row in result["rows"].items():
+        lines.append(f"{name:<24}" + "".join(f"{_short(row.get(column)):>17}" for column in ALL))
+    for key, value in result.items():
+        if key != "rows":
+            parts = value if isinstance(value, dict) else {"": value}
+            lines.append(f"{key:<24}" + ",".join(f" {name} {_short(part)}" for name, part in parts.items()))
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+OPTIONS = {  # name: (default, lowest, highest, help)
+    "image-size": (300, 64, math.inf, "side of the images in pixels"),
+    "width": (1.0, 0.01, 8, "width multiplier of the networks"),
+    "classes": (21, 2, math.inf, "classes, background included"),
+    "choices": (3, 2, len(CHOICES), "bit choices at each position"),
+    "batch": (16, 2, math.inf, "images a step"),
+    "repetitions": (5, 1, math.inf, "measured rounds; the median counts"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures what the command line asks for, and prints it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m instaqnas.tools.benchmark",
+        description="Measure the detector beside a full-precision network and masked branches; also loader and metric.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, (default, _, _, text) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    parser.add_argument("--roots", nargs="+", default=[], help="VOC-layout data for the loader; default: drawn shapes")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled full-precision network")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+
+    with exit_on_input_error():
+        values = {name: getattr(options, name.replace("-", "_")) for name in OPTIONS}
+        for name, (_, lowest, highest, _) in OPTIONS.items():
+            if not lowest <= values[name] <= highest:
+                wanted = f"at least {lowest}" if highest == math.inf else f"{lowest} to {highest}"
+                raise InputError(f"--{name} {values[name]}: must be {wanted}")
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        *size, repetitions = values.values()
+        names = [name for name in PLANS if not (options.no_compile and name == "fp32_compiled")]
+        result = measure(Settings(*size), repetitions, names, options.roots)
+        print(json.dumps(result) if options.json else format_table(result))
+
+
+if __name__ == "__main__":
+    main()
