@@ -21,21 +21,17 @@ from instaqnas.metrics.voc import voc_map
 from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.switchable import SwitchableConv2d
 from instaqnas.tools import benchmark
+from instaqnas.tools.baselines import BaselineSSD, MaskedBranches, TorchConv, detections_of_image, judge_in_loops
 from instaqnas.tools.benchmark import (
     CHOICES,
     POSITIONS,
     RATIOS,
     WARM_UPS,
-    BaselineSSD,
-    MaskedBranches,
     Settings,
-    TorchConv,
-    detections_of_image,
     format_table,
     full_precision,
     in_fresh_process,
     judge_batched,
-    judge_in_loops,
     main,
     masked,
     medians_in_turn,
@@ -247,7 +243,7 @@ def result() -> Iterator[dict]:
         patch.setattr(benchmark, "LOADER_BATCHES", 1)
         main(words.split())
         yield json.loads(printed.getvalue())
-    compile_passes("off", torch.device("cpu"))
+    compile_passes("off")
 
 
 def test_json_has_all_ratios_and_what_they_are_made_of(result: dict) -> None:
