@@ -1,12 +1,30 @@
 from __future__ import annotations
 
+import cv2
+import numpy as np
+import pytest
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from instaqnas.data.transforms import RandomIoUCrop, eval_transform, train_transform
+from instaqnas.data.transforms import (
+    MEAN_PIXEL,
+    RandomIoUCrop,
+    RandomPhotometricDistort,
+    eval_transform,
+    flip_transform,
+    train_transform,
+)
 
 HEIGHT, WIDTH = 120, 160
+NO_DISTORTION = {
+    "brightness_factor": None,
+    "contrast_factor": None,
+    "saturation_factor": None,
+    "hue_factor": None,
+    "contrast_before": True,
+    "channel_permutation": None,
+}
 
 
 def make_sample(boxes: list, labels: list | None = None, difficult: list | None = None) -> dict:
@@ -21,6 +39,33 @@ def make_sample(boxes: list, labels: list | None = None, difficult: list | None 
         "labels": torch.tensor(labels or [1] * len(boxes), dtype=torch.int64),
         "difficult": torch.tensor(difficult or [False] * len(boxes), dtype=torch.bool),
     }
+
+
+def make_colourful_sample(boxes: list) -> dict:
+    """Soft blots of all colours and brightnesses, with flat black, white and grey corners."""
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    pixels = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 3), None, 0, 255, cv2.NORM_MINMAX)
+    pixels[:20, :20], pixels[:20, -20:], pixels[-20:, :20] = 0, 255, MEAN_PIXEL
+    return {**make_sample(boxes), "image": tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))}
+
+
+def torchvisions_train_transform(image_size: int) -> v2.Compose:
+    return v2.Compose([
+        v2.RandomZoomOut(fill=MEAN_PIXEL, side_range=(1.0, 2.0), p=0.5),
+        RandomIoUCrop(),  # whose draws have tests of their own
+        v2.Resize((image_size, image_size), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.RandomVerticalFlip(),
+        v2.RandomPhotometricDistort(),
+        v2.SanitizeBoundingBoxes(labels_getter=lambda sample: (sample["labels"], sample["difficult"])),
+    ])  # fmt: skip
+
+
+def assert_same_but_for_rounding(image: torch.Tensor, expected: torch.Tensor) -> None:
+    """Each distortion may round to the neighbouring grey level, and the next ones may stretch that."""
+    differences = (image.int() - expected.int()).abs()
+    assert differences.max() <= 6
+    assert (differences > 2).float().mean() <= 0.01
 
 
 def visible_extent(image: torch.Tensor, inside_xy: tuple[int, int]) -> torch.Tensor:
@@ -155,3 +200,91 @@ def test_iou_crop_has_torchvisions_distribution():
                                ("is_within_crop_area", 3))
         ])  # fmt: skip
     torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]), atol=0.06, rtol=0)
+
+
+def test_train_transform_gives_what_torchvision_gives_after_the_same_draws():
+    sample = make_colourful_sample([(20, 10, 70, 60), (90, 50, 150, 110), (5, 80, 30, 100)])
+    # To this size no side length between 1 and 2 * WIDTH is rounded up, so that torchvision loses no box at the edge.
+    image_size = 64
+    ours, torchvisions = train_transform(image_size, vertical_flip=True), torchvisions_train_transform(image_size)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        expected = torchvisions(sample)
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        out = ours(sample)
+        assert torch.equal(torch.get_rng_state(), state), "other numbers were drawn"
+        torch.testing.assert_close(out["boxes"], expected["boxes"].as_subclass(torch.Tensor), atol=1e-3, rtol=0)
+        assert torch.equal(out["labels"], expected["labels"])
+        assert_same_but_for_rounding(out["image"], expected["image"])
+
+
+def test_flip_transform_gives_what_torchvision_gives_after_the_same_draws():
+    sample = make_colourful_sample([(20, 10, 70, 60), (90, 50, 150, 110)])
+    resize, ours = v2.Resize((64, 64), antialias=True), flip_transform(64, vertical_flip=True)
+    torchvisions = v2.Compose([resize, v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
+    for seed in range(8):
+        torch.manual_seed(seed)
+        expected = torchvisions(sample)
+        torch.manual_seed(seed)
+        out = ours(sample)
+        assert torch.equal(out["image"], expected["image"].as_subclass(torch.Tensor))
+        torch.testing.assert_close(out["boxes"], expected["boxes"].as_subclass(torch.Tensor))
+
+
+def test_a_box_at_the_edge_of_the_image_survives_the_rounding_of_the_resize():
+    width, image_size = 75, 320
+    assert torch.tensor(float(width)) * torch.tensor(image_size / width) > image_size, "not rounded up"
+    sample = {
+        "image": tv_tensors.Image(torch.zeros(3, width, width, dtype=torch.uint8)),
+        "boxes": tv_tensors.BoundingBoxes([[50.0, 50, 75, 75]], format="XYXY", canvas_size=(width, width)),
+        "labels": torch.tensor([1]),
+        "difficult": torch.tensor([False]),
+    }
+    transform = flip_transform(image_size, vertical_flip=True)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        (box,) = transform(sample)["boxes"]
+        assert (box >= 0).all()
+        assert (box <= image_size).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("brightness_factor", [0.875, 0.93, 1.06, 1.125]),
+        ("contrast_factor", [0.5, 0.77, 1.21, 1.5]),
+        ("saturation_factor", [0.5, 0.77, 1.21, 1.5]),
+        ("hue_factor", [-0.05, -0.013, 0.013, 0.05]),
+    ],
+)
+def test_each_distortion_differs_from_torchvisions_by_a_grey_level_at_most(name, values):
+    image = make_colourful_sample([])["image"]
+    for value in values:
+        params = {**NO_DISTORTION, name: value}
+        out = RandomPhotometricDistort().transform(image, params).int()
+        expected = v2.RandomPhotometricDistort().transform(image, params).int()
+        assert (out - expected).abs().max() <= 1
+        assert (out - expected).float().mean().abs() <= 0.3
+
+
+def test_channels_are_permuted_as_by_torchvision():
+    image = make_colourful_sample([])["image"]
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0], [1, 0, 2]):
+        params = {**NO_DISTORTION, "channel_permutation": torch.tensor(order)}
+        assert torch.equal(RandomPhotometricDistort().transform(image, params), image[order])
+
+
+def test_photometric_distortion_draws_and_distorts_as_torchvision_does():
+    sample = make_colourful_sample([(20, 10, 70, 60)])
+    given = sample["image"].clone()
+    for seed in range(100):
+        torch.manual_seed(seed)
+        expected = v2.RandomPhotometricDistort()(sample)
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        out = RandomPhotometricDistort()(sample)
+        assert torch.equal(torch.get_rng_state(), state), "other numbers were drawn"
+        assert_same_but_for_rounding(out["image"], expected["image"])
+        assert all(out[key] is sample[key] for key in ("boxes", "labels", "difficult"))
+    assert torch.equal(sample["image"], given), "the given image was changed"
