@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "instaqnas"
-COMMON = {"errors", "seeds"}
+COMMON = {"errors", "pixels", "seeds"}
 ALLOWED = {
     "errors": set(),
+    "pixels": set(),
     "seeds": set(),
     "config": {"errors"},
     "data": {"data", *COMMON},

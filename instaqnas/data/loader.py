@@ -36,7 +36,6 @@ class Batch:
         labels: int64 [B, N], 0 = padding.
         difficult: bool [B, N].
         image_ids: B ids.
-        indices: int64 [B], positions in the dataset.
     """
 
     images: Tensor
@@ -44,7 +43,6 @@ class Batch:
     labels: Tensor
     difficult: Tensor
     image_ids: list[str]
-    indices: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; copies from pinned memory run in the background."""
@@ -86,7 +84,7 @@ class DetectionDataset(Dataset):
         return len(self.annotations)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """The transformed sample, with `image_id` and `index`.
+        """The transformed sample, with `image_id`.
 
         Raises:
             InputError: the image cannot be read, or its size is not the annotation's.
@@ -99,7 +97,7 @@ class DetectionDataset(Dataset):
             # torch.manual_seed would also reset CUDA's generator, which is not restored here.
             torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
             sample = self.transform(sample)
-        return {**sample, "image_id": annotation.image_id, "index": index}
+        return {**sample, "image_id": annotation.image_id}
 
 
 def load_images(annotations: Sequence[Annotation], side: int) -> list[np.ndarray]:
@@ -183,7 +181,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         pad_sequence([s["labels"] for s in samples], batch_first=True),
         pad_sequence([s["difficult"] for s in samples], batch_first=True),
         [s["image_id"] for s in samples],
-        torch.tensor([s["index"] for s in samples]),
     )
 
 

@@ -22,7 +22,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-MEAN_PIXEL = 127  # the detector maps it to 0
+from instaqnas.pixels import MEAN_PIXEL
+
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # of R, G, B; torchvision's
 MEAN_FRACTION = 0.5  # of a grey level: what rounding down takes away, and OpenCV's rounding to the nearest does not
 Sample = dict[str, Any]

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from xml.etree import ElementTree
 
 import cv2
@@ -116,17 +116,18 @@ def read_split(roots: Sequence[str | Path], split: str, class_names: Sequence[st
     return annotations
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """The stored pixels of an image file: uint8 [height, width, 3], RGB.
+def read_image(path: str | Path, orientation: Literal["stored", "upright"] = "stored") -> np.ndarray:
+    """The pixels of an image file: uint8 [height, width, 3], RGB.
 
-    An EXIF orientation is ignored, because VOC boxes are in stored pixels.
+    `stored` ignores an EXIF orientation, because VOC boxes are in stored pixels; `upright` turns the image as it says.
 
     Raises:
         InputError: the file cannot be read or decoded.
     """
     try:
         encoded = np.fromfile(path, np.uint8)
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        ignore = cv2.IMREAD_IGNORE_ORIENTATION if orientation == "stored" else 0
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | ignore)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except cv2.error as error:

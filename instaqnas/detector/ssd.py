@@ -14,13 +14,13 @@ from torchvision.ops import box_convert
 from instaqnas.detector.default_boxes import BOXES_PER_CELL, default_boxes, encode, match
 from instaqnas.detector.mobilenet import BLOCKS, ChoiceOf, MakeConv, MobileNet, scaled_channels
 from instaqnas.detector.multibox_loss import multibox_loss
+from instaqnas.pixels import normalized
 from instaqnas.quant.bitops import CostTable, LayerCost, measure_layers
 from instaqnas.quant.quantizers import FULL_PRECISION, Affine, QuantizerName
 from instaqnas.quant.switchable import BitChoice, SwitchableConv2d, WeightSharing
 
 EXTRAS = ((256, 512), (128, 256), (128, 256), (128, 256))  # channels of the 1x1 and of the strided 3x3
 SOURCE_BLOCKS = (10, 12)
-PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
 Positions = Literal["pointwise", "backbone", "backbone+extras", "all"]
 GROUPS_OF: dict[Positions, tuple[str, ...]] = {  # the layers that the policy controls
     "pointwise": ("pointwise",),
@@ -184,7 +184,7 @@ class SwitchableSSD(nn.Module):
 
         bf16 = self.amp == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-            sources = self._sources((images.float() - PIXEL_MEAN) / PIXEL_SCALE, choice_of)
+            sources = self._sources(normalized(images), choice_of)
             return SSDOutput(predict(self.box_heads, 4), predict(self.class_heads, self.classes))
 
     def loss(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from instaqnas.pixels import normalized
 from instaqnas.quant.bitops import LayerCost, measure_layers
 from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
 
-PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
 BLOCKS = ((1, 1), (2, 2), (4, 2), (8, 2))  # (channels in units of the width, stride) of the residual blocks
 
 
@@ -55,7 +55,7 @@ class PolicyNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, L, K] for RGB images [B, 3, S, S], uint8 or float, 0 to 255."""
-        x = F.avg_pool2d((images.float() - PIXEL_MEAN) / PIXEL_SCALE, self.pool, ceil_mode=True)  # no pixel left out
+        x = F.avg_pool2d(normalized(images), self.pool, ceil_mode=True)  # no pixel left out
         x = F.max_pool2d(F.relu(self.stem(x).value()), 3, stride=2, padding=1)
         x = F.adaptive_avg_pool2d(self.blocks(x), 1)
         return self.head(x).value().view(-1, self.positions, self.choices)

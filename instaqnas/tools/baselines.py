@@ -21,6 +21,7 @@ from instaqnas.detector import ssd
 from instaqnas.detector.default_boxes import decode
 from instaqnas.detector.ssd import SSDOutput, SwitchableSSD
 from instaqnas.metrics.matching import VOC_IOU_THRESHOLD
+from instaqnas.pixels import normalized
 from instaqnas.quant.quantizers import level_range
 from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
 
@@ -112,7 +113,7 @@ class BaselineSSD(nn.Module):
 
     def forward(self, images: Tensor, choices: Tensor) -> SSDOutput:
         """As `SwitchableSSD.forward` with the pointwise layers as positions."""
-        x, sources = self.relu(self.stem((images.float() - ssd.PIXEL_MEAN) / ssd.PIXEL_SCALE)), []
+        x, sources = self.relu(self.stem(normalized(images))), []
         blocks = zip(self.depthwise, self.pointwise, choices.unbind(1), strict=True)
         for index, (depthwise, pointwise, choice) in enumerate(blocks):
             x = self.relu(pointwise(self.relu(depthwise(x)), choice))

@@ -226,7 +226,7 @@ def random_batch(settings: Settings) -> Batch:
     pixels = torch.randint(256, (images, 3, size, size), generator=random, dtype=torch.uint8)
     boxes, labels = random_objects(images, OBJECTS, settings.classes, random)
     ids = [str(index) for index in range(images)]
-    return Batch(pixels, boxes * size, labels, torch.zeros_like(labels, dtype=torch.bool), ids, torch.arange(images))
+    return Batch(pixels, boxes * size, labels, torch.zeros_like(labels, dtype=torch.bool), ids)
 
 
 def random_objects(images: int, objects: int, classes: int, random: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
 from instaqnas.config import Command, parse_command
 from instaqnas.data.transforms import eval_transform
+from instaqnas.data.voc import read_image
 from instaqnas.detector.ssd import detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.bit_config import greedy_by
@@ -105,22 +105,6 @@ class Predictor:
         )
 
 
-def read_upright(path: Path) -> Tensor:
-    """The pixels of an image file, uint8 RGB [3, H, W], turned as its EXIF orientation says.
-
-    Raises: InputError if it cannot be read or decoded.
-    """
-    try:
-        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except cv2.error as error:
-        raise InputError(f"{path}: not a readable image") from error
-    if pixels is None:
-        raise InputError(f"{path}: not a readable image")
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
 def run_predict(command: Command, images: Sequence[Path], score_threshold: float, out: Path | None) -> None:
     """Prints one line per image; also writes NAME_detections.png to `out` if it is given.
 
@@ -134,7 +118,7 @@ def run_predict(command: Command, images: Sequence[Path], score_threshold: float
     experiment = Experiment(command.config, load_checkpoint(checkpoint)["classes"])
     predictor = Predictor(experiment, checkpoint, score_threshold)
     for path, picture in zip(images, pictures, strict=True):
-        image = read_upright(path)
+        image = torch.from_numpy(read_image(path, "upright")).permute(2, 0, 1)
         found = predictor.predict(image)
         print(json.dumps({"file": str(path), **found.plain(experiment.class_names)}), flush=True)
         if picture is not None:

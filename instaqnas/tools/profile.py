@@ -99,7 +99,7 @@ def format_table(result: Profile) -> str:
     plain = result.plain()
     lines += ["", _line("detector", f"{plain['macs']:,}", f"{plain['params']:,}")]
     gbitops = plain["gbitops"]
-    figures = {f"all pointwise {name}": value for name, value in gbitops["uniform"].items()}
+    figures = {f"positions {name}": value for name, value in gbitops["uniform"].items()}
     figures |= {"all w8a8": gbitops["all_8_8"], "all w4a4": gbitops["all_4_4"]}
     lines += [_line("", bits=name, gbitops=f"{value:.4f}") for name, value in figures.items()]
     bits = choice_name(result.policy_layers[0].choices[0])

@@ -46,7 +46,7 @@ def assert_same(batches: list[Batch], others: list[Batch]) -> None:
     assert len(batches) == len(others)
     for batch, other in zip(batches, others, strict=True):
         assert batch.image_ids == other.image_ids
-        for name in ("images", "boxes_xyxy", "labels", "difficult", "indices"):
+        for name in ("images", "boxes_xyxy", "labels", "difficult"):
             assert torch.equal(getattr(batch, name), getattr(other, name)), name
 
 
@@ -140,7 +140,7 @@ def test_evaluation_reads_all_images_in_order_with_all_objects(annotations):
     loader = make_loader(DetectionDataset(annotations, eval_transform(40)), 3, shuffle=False, seed=0, workers=0)
     batches = list(loader)
     assert len(loader) == 3
-    assert [b.indices.tolist() for b in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [b.image_ids for b in batches] == [["id0", "id1", "id2"], ["id3", "id4", "id5"], ["id6"]]
     assert batches[0].image_ids == ["id0", "id1", "id2"]
     assert batches[0].labels.tolist() == [[0, 0], [2, 0], [2, 2]]
     assert batches[0].difficult.tolist() == [[False, False], [False, False], [False, True]]
@@ -163,13 +163,13 @@ def test_collate_has_the_documented_types_and_layout(dataset):
     assert (batch.images.shape, batch.images.dtype) == ((4, 3, 32, 32), torch.uint8)
     assert batch.images.is_contiguous()
     assert batch.boxes_xyxy.dtype == torch.float32
-    assert batch.labels.dtype == batch.indices.dtype == torch.int64
+    assert batch.labels.dtype == torch.int64
     assert batch.difficult.dtype == torch.bool
 
 
 def test_a_batch_moves_all_its_tensors(dataset):
     moved = collate([dataset[0, 2]]).to("meta")
-    tensors = (moved.images, moved.boxes_xyxy, moved.labels, moved.difficult, moved.indices)
+    tensors = (moved.images, moved.boxes_xyxy, moved.labels, moved.difficult)
     assert {t.device.type for t in tensors} == {"meta"}
     assert moved.image_ids == ["id2"]
 

@@ -16,9 +16,10 @@ from PIL import Image, ImageOps
 
 from instaqnas.config import from_plain, to_plain
 from instaqnas.data.shapes import generate_shapes
+from instaqnas.data.voc import read_image
 from instaqnas.detector.ssd import DetectorBits, detector_layers
 from instaqnas.quant.switchable import calibrate
-from instaqnas.tools.predict import main, read_upright
+from instaqnas.tools.predict import main
 from instaqnas.training.checkpoint import load_checkpoint
 from instaqnas.training.evaluate import detect
 from instaqnas.training.run_dir import RunDir
@@ -123,7 +124,7 @@ def test_image_of_the_data_gets_the_detections_of_the_evaluation(predict: Predic
 
 def test_colours_are_red_green_blue(predict: Predict, tmp_path: Path) -> None:
     Image.new("RGB", (20, 10), (200, 100, 0)).save(tmp_path / "a.png")
-    assert read_upright(tmp_path / "a.png")[:, 0, 0].tolist() == [200, 100, 0]
+    assert read_image(tmp_path / "a.png", "upright")[0, 0].tolist() == [200, 100, 0]
     predict(tmp_path / "a.png", "--score", "1", "--out", tmp_path)
     assert Image.open(tmp_path / "a_detections.png").getpixel((5, 5)) == (200, 100, 0)
 
