@@ -38,7 +38,7 @@ class DataConfig:
         test_split: name of the split that eval.py reports.
         augmentation: `ssd` zooms, crops, distorts and flips; `flips` only flips: better in short trainings.
         vertical_flip: also flip images upside down in training (microscopy, drawings).
-        workers: processes that decode and augment; 0 does it in the main process.
+        workers: processes that decode and augment; 0 does it in the main process, -1 takes one per CPU, at most 8.
         cache: `ram` decodes every image once and keeps it, its shorter side shrunk to twice the network's input.
     """
 
@@ -49,7 +49,7 @@ class DataConfig:
     test_split: str = "test"
     augmentation: Literal["ssd", "flips"] = "ssd"
     vertical_flip: bool = False
-    workers: int = 2
+    workers: int = -1
     cache: Literal["none", "ram"] = "none"
 
 
@@ -299,11 +299,12 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 1",
     ),
     (
-        "workers threads warmup_epochs weight_decay step_size_lr_factor clip_grad_norm entropy_beta exponent "
+        "threads warmup_epochs weight_decay step_size_lr_factor clip_grad_norm entropy_beta exponent "
         "window_lower positive target_gbitops",
         lambda v: v >= 0,
         "at least 0",
     ),
+    ("workers", lambda v: v >= -1, "at least 0, or -1 for one per CPU"),
     ("seed", lambda v: 0 <= v < 2**32, "0 to 4294967295"),
     ("negative", lambda v: v <= 0, "at most 0"),
     ("width lr policy_lr multiplier_lr", lambda v: v > 0, "more than 0"),

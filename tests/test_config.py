@@ -294,7 +294,7 @@ def test_key_without_value_is_refused(refusal: Callable[..., str]) -> None:
     ("option", "expected"),
     [
         ("--data.roots=[]", "at least one folder, such as [VOCdevkit/VOC2007], got []"),
-        ("--data.workers=-1", "at least 0, got -1"),
+        ("--data.workers=-2", "at least 0, or -1 for one per CPU, got -2"),
         ("--data.test_split=", 'the name of a split, got ""'),
         ("--seed=-1", "0 to 4294967295, got -1"),
         ("--detector.image_size=63", "at least 64, got 63"),

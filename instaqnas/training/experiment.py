@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -27,6 +28,7 @@ from instaqnas.training.run_dir import best_checkpoint
 CALIBRATION_IMAGES = 64
 CACHED_SIDE = 2  # shorter side of a cached image, in sides of the network's input
 PICTURES = 4
+MOST_WORKERS = 8  # more do not pay for one GPU
 FULL_PRECISION_STAGES = ("pretrain_fp32",)
 POLICY_STAGES = ("search", "finetune")
 QUANTIZED_STAGES = ("pretrain_quant", *POLICY_STAGES)
@@ -191,13 +193,14 @@ class Experiment:
     def _loader(
         self, roots: list[str], split: str, transform: SampleTransform, batch_size: int, stage: str, *, training: bool
     ) -> DetectionLoader:
+        workers = self.config.data.workers
         images = self._train_images() if training else None  # what is reported comes from the files
         return make_loader(
             self._dataset(roots, split, transform, stage, images),
             batch_size,
             shuffle=training,
             seed=derived_seed(self.config.seed, stage, "order"),
-            workers=self.config.data.workers,
+            workers=min(MOST_WORKERS, os.cpu_count() or 1) if workers < 0 else workers,
             drop_last=training,
         )
 
