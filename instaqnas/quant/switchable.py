@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from instaqnas.quant.fused import moments
 from instaqnas.quant.quantizers import (
@@ -163,7 +164,7 @@ class SwitchableConv2d(nn.Module):
         if choice is None:
             y = F.conv2d(x, weight[0], stride=self.stride, padding=self.padding, groups=self.groups)
         else:
-            y = per_image_conv2d(x, weight.index_select(0, choice), self.stride, self.padding, self.groups)
+            y = per_image_conv2d(x, _Pick.apply(weight, choice), self.stride, self.padding, self.groups)
         factor = _product(None if input_step is None else input_step[:, None], weight_step)  # [K, 1] or [K, out]
         if self.norm is not None:
             return self.norm(y, factor, choice)
@@ -175,6 +176,23 @@ class SwitchableConv2d(nn.Module):
         self.weight_quantizer.initialize(self.weight)
         x = as_affine(x).value()
         self.input_quantizer.initialize(x if self.input_quantizer.signed else F.relu(x))
+
+
+class _Pick(torch.autograd.Function):
+    """Rows of a table [K, ...] for B images, [B, ...]; the gradient as a product, many times faster than a scatter."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, choice: Tensor) -> Tensor:
+        ctx.save_for_backward(choice)
+        ctx.shape = table.shape
+        return table.index_select(0, choice)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (choice,) = ctx.saved_tensors
+        member = F.one_hot(choice, ctx.shape[0]).T.to(grad.dtype)  # [K, B]
+        return (member @ grad.flatten(1)).view(ctx.shape), None
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -35,8 +35,8 @@ def build_optimizer(network: nn.Module, settings: TrainConfig) -> Optimizer:
     """AdamW, or SGD with Nesterov momentum 0.9."""
     groups = parameter_groups(network, settings)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
 
 
 def build_scheduler(optimizer: Optimizer, settings: TrainConfig, steps_per_epoch: int) -> LambdaLR:
