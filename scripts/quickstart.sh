@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything once, on the embedded data set: scripts/quickstart.sh [overrides, such as --device cpu]
 #
-# Repeat it after an interruption: what is complete is not done again.
+# Repeat it after an interruption: a training that is complete is not done again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
