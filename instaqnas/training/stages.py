@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -358,9 +358,12 @@ def _judge(
     """What the policy is rewarded for at `progress` (0 to 1) through the search."""
     config = experiment.config
     settings = config.reward
+    # What is scored lower does not count, and cannot suppress what is scored higher.
+    threshold = max(config.eval.score_threshold, settings.score_threshold)
+    suppression = replace(config.eval, score_threshold=threshold)
 
     def judge(batch: Batch, choices: Tensor) -> Outcome:
-        detections = detect(detector, batch.images, choices, config.eval)
+        detections = detect(detector, batch.images, choices, suppression)
         quality = quality_of(detections, batch, settings.quality, settings.score_threshold)
         gbitops = costs.gbitops(choices).to(quality) + policy_cost
         return Outcome(quality, gbitops, reward(quality, gbitops))
