@@ -82,7 +82,7 @@ class BitsConfig:
         extras: fixed bits of the extra feature layers, likewise.
         heads: fixed bits of the box and class heads, likewise.
         quantizer: how values are put on integer grids; see instaqnas/quant/quantizers.py.
-        weights: one weight `shared` by all choices, or a `separate` one for each as in the paper.
+        weights: one `shared` by all choices, `separate` ones (the paper), or a shared one with `nested` integers.
         per_channel: a step size per output channel of a weight instead of one per weight (lsq and lsq_plus).
     """
 
@@ -93,7 +93,7 @@ class BitsConfig:
     extras: BitChoice = (4, 4)
     heads: BitChoice = (8, 8)
     quantizer: Literal["lsq_plus", "lsq", "pact", "dorefa"] = "lsq_plus"
-    weights: Literal["shared", "separate"] = "shared"
+    weights: Literal["shared", "separate", "nested"] = "shared"
     per_channel: bool = False
 
 
@@ -160,6 +160,7 @@ class TrainConfig:
         clip_grad_norm: largest gradient norm; 0 does not clip.
         eval_every: epochs between evaluations on the val split (the last epoch is always evaluated).
         save_every: epochs between checkpoints (the last epoch is always saved).
+        ema_decay: validate and keep an average of the network that takes 1 - ema_decay of it at every step; 0 does not.
     """
 
     epochs: int = 10
@@ -172,10 +173,35 @@ class TrainConfig:
     clip_grad_norm: float = 5.0
     eval_every: int = 5
     save_every: int = 1
+    ema_decay: float = 0.0
 
 
 @dataclass(frozen=True)
-class SearchConfig(TrainConfig):
+class QuantTrainConfig(TrainConfig):
+    """One training of the quantized detector.
+
+    Args:
+        distill_weight: weight of a further loss, the distance to the outputs of the full-precision network; 0 has none.
+        batch_norm_batches: training batches, all at most, whose statistics BatchNorm ends with; 0 keeps running ones.
+    """
+
+    distill_weight: float = 0.0
+    batch_norm_batches: int = 0
+
+
+@dataclass(frozen=True)
+class PretrainQuantConfig(QuantTrainConfig):
+    """The training under random bit configurations.
+
+    Args:
+        sandwich: run a third of each batch at the cheapest choice everywhere, and a third at the dearest.
+    """
+
+    sandwich: bool = False
+
+
+@dataclass(frozen=True)
+class SearchConfig(QuantTrainConfig):
     """The search: each epoch trains the policy, then the detector under configurations sampled from it.
 
     Args:
@@ -260,9 +286,9 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     pretrain_fp32: TrainConfig = field(default_factory=TrainConfig)
-    pretrain_quant: TrainConfig = field(default_factory=TrainConfig)
+    pretrain_quant: PretrainQuantConfig = field(default_factory=PretrainQuantConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    finetune: TrainConfig = field(default_factory=TrainConfig)
+    finetune: QuantTrainConfig = field(default_factory=QuantTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = 0
@@ -300,10 +326,11 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     (
         "threads warmup_epochs weight_decay step_size_lr_factor clip_grad_norm entropy_beta exponent "
-        "window_lower positive target_gbitops",
+        "window_lower positive target_gbitops distill_weight batch_norm_batches",
         lambda v: v >= 0,
         "at least 0",
     ),
+    ("ema_decay", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     ("workers", lambda v: v >= -1, "at least 0, or -1 for one per CPU"),
     ("seed", lambda v: 0 <= v < 2**32, "0 to 4294967295"),
     ("negative", lambda v: v <= 0, "at most 0"),
@@ -338,9 +365,19 @@ def _check_combinations(config: Config) -> None:
     pool, image_size = config.policy.pool, config.detector.image_size
     if pool > image_size:
         raise _unexpected("policy.pool", f"at most detector.image_size = {image_size}", pool)
-    if config.bits.per_channel and config.bits.quantizer not in ("lsq_plus", "lsq"):
-        raise _unexpected("bits.per_channel", f"false for bits.quantizer = {config.bits.quantizer}", value=True)
-    reward = config.reward
+    _check_quantizer(config.bits)
+    _check_reward(config.reward)
+
+
+def _check_quantizer(bits: BitsConfig) -> None:
+    if bits.quantizer not in ("lsq_plus", "lsq"):
+        if bits.per_channel:
+            raise _unexpected("bits.per_channel", f"false for bits.quantizer = {bits.quantizer}", value=True)
+        if bits.weights == "nested":
+            raise _unexpected("bits.weights", f"shared or separate for bits.quantizer = {bits.quantizer}", bits.weights)
+
+
+def _check_reward(reward: RewardConfig) -> None:
     if reward.name == "budget" and reward.target_gbitops == 0:
         raise _unexpected("reward.target_gbitops", "more than 0 for the reward `budget`", reward.target_gbitops)
     if reward.name.startswith("window_"):

@@ -19,7 +19,9 @@ from instaqnas.config import (
     Config,
     DataConfig,
     DetectorConfig,
+    PretrainQuantConfig,
     SearchConfig,
+    completed,
     differences,
     from_plain,
     parse_command,
@@ -102,6 +104,14 @@ def test_option_values_take_the_type_of_the_setting(parse: Parse) -> None:
     assert config.detector.box_sizes is None
     assert config.data.val_split == "2007"
     assert config.data.vertical_flip is True
+
+
+def test_quantized_stages_have_settings_of_their_own(parse: Parse) -> None:
+    text = MINIMAL + "pretrain_quant: {sandwich: true, distill_weight: 2, ema_decay: 0.9}\n"
+    config = parse(text, "--search.batch_norm_batches=4", "--finetune.distill_weight=0.5").config
+    assert config.pretrain_quant == PretrainQuantConfig(sandwich=True, distill_weight=2.0, ema_decay=0.9)
+    assert config.search == SearchConfig(batch_norm_batches=4)
+    assert (config.finetune.distill_weight, config.finetune.batch_norm_batches) == (0.5, 0)
 
 
 def test_section_with_nothing_below_keeps_its_defaults(parse: Parse) -> None:
@@ -201,6 +211,16 @@ def test_key_written_twice_is_refused(refusal: Callable[..., str], text: str, ex
             "search.epochs: 3",
             "some.yaml: unknown key search.epochs; YAML sections are indented, not dotted; ",
             "device",
+        ),
+        (
+            "pretrain_fp32: {distill_weight: 1}",
+            "some.yaml: unknown key pretrain_fp32.distill_weight; did you mean ",
+            ", ema_decay",
+        ),
+        (
+            "search: {sandwich: true}",
+            "some.yaml: unknown key search.sandwich; did you mean ",
+            ", normalize_advantage",
         ),
         ("zzz: 3", "some.yaml: unknown key zzz; known: data, ", ", device"),
         ("1: 3", "some.yaml: unknown key 1; known: data, ", ", device"),
@@ -324,6 +344,10 @@ def test_key_without_value_is_refused(refusal: Callable[..., str]) -> None:
         ("--finetune.lr=0", "more than 0, got 0.0"),
         ("--finetune.lr=.inf", "a finite number, got Infinity"),
         ("--finetune.warmup_epochs=11", "at most finetune.epochs = 10, got 11.0"),
+        ("--pretrain_fp32.ema_decay=1", "at least 0 and less than 1, got 1.0"),
+        ("--search.ema_decay=-0.1", "at least 0 and less than 1, got -0.1"),
+        ("--finetune.distill_weight=-1", "at least 0, got -1.0"),
+        ("--pretrain_quant.batch_norm_batches=-1", "at least 0, got -1"),
         ("--search.epsilon_start=1.5", "a number from 0 to 1, got 1.5"),
         ("--eval.nms_iou=-0.1", "a number from 0 to 1, got -0.1"),
         ("--reward.score_threshold=2", "a number from 0 to 1, got 2.0"),
@@ -377,6 +401,16 @@ def test_from_plain_fills_in_defaults_and_refuses_unknown_keys() -> None:
     assert from_plain({"data": {"roots": ["voc"]}}) == Config(data=DataConfig(roots=["voc"]))
     with pytest.raises(InputError, match=r"^unknown key data\.rots; did you mean data\.roots\?"):
         from_plain({"data": {"rots": ["voc"]}})
+
+
+def test_a_config_from_before_a_setting_existed_is_completed_with_its_default() -> None:
+    now, old = (to_plain(Config(data=DataConfig(roots=["voc"]))) for _ in range(2))
+    for section in ("pretrain_fp32", "pretrain_quant", "search", "finetune"):
+        for name in {"ema_decay", "distill_weight", "batch_norm_batches", "sandwich"} & old[section].keys():
+            del old[section][name]
+    assert old["pretrain_quant"].keys() == old["pretrain_fp32"].keys()
+    assert completed(old) == now
+    assert now["search"]["batch_norm_batches"] == 0
 
 
 def test_differences_name_each_changed_setting() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "instaqnas"
-COMMON = {"errors", "pixels", "seeds"}
+COMMON = {"checkpoint", "errors", "pixels", "seeds"}
 ALLOWED = {
     "errors": set(),
+    "checkpoint": {"errors"},
     "pixels": set(),
     "seeds": set(),
     "config": {"errors"},
@@ -19,8 +20,9 @@ ALLOWED = {
     "metrics": {"metrics", *COMMON},
     "detector": {"detector", "quant", *COMMON},
     "policy": {"policy", "quant", *COMMON},
+    "deploy": {"deploy", "detector", "policy", "quant", *COMMON},
     "training": {"training", "config", "data", "quant", "metrics", "detector", "policy", *COMMON},
-    "tools": {"tools", "training", "config", "data", "quant", "metrics", "detector", "policy", *COMMON},
+    "tools": {"tools", "deploy", "training", "config", "data", "quant", "metrics", "detector", "policy", *COMMON},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

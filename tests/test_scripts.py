@@ -56,7 +56,14 @@ def calls(project: Path) -> list[str]:
 
 
 def test_every_script_is_there() -> None:
-    named = {"setup.sh", "test.sh", "quickstart.sh", *(f"{stage}.sh" for stage in STAGES), "run"}
+    named = {
+        "setup.sh",
+        "test.sh",
+        "quickstart.sh",
+        "compare_quantization.sh",
+        *(f"{stage}.sh" for stage in STAGES),
+        "run",
+    }
     assert named <= {path.name for path in SCRIPTS}
 
 

@@ -163,9 +163,7 @@ class SwitchableSSD(nn.Module):
         for head in [*self.box_heads, *self.class_heads]:
             nn.init.xavier_uniform_(head.weight)
         controlled = {layer for group in GROUPS_OF[bits.positions] for layer in layers_of[group]}
-        named = [(name, module) for name, module in self.named_modules() if module in controlled]
-        self.positions = tuple(name for name, _ in named)
-        self._layers_at = tuple(layer for _, layer in named)
+        self.positions = tuple(name for name, module in self.named_modules() if module in controlled)
         boxes = default_boxes(image_size, self._map_sizes(), box_sizes)
         self.register_buffer("default_boxes_cxcywh", boxes, persistent=False)
 
@@ -176,7 +174,7 @@ class SwitchableSSD(nn.Module):
             images: RGB [B, 3, S, S], uint8 or float, 0 to 255.
             choices: [B, L] indices of the K bit choices, in the order of `positions`.
         """
-        choice_of = dict(zip(self._layers_at, choices.unbind(1), strict=True))
+        choice_of = dict(zip(map(self.get_submodule, self.positions), choices.unbind(1), strict=True))
 
         def predict(heads: nn.ModuleList, values: int) -> Tensor:
             maps = [head(x, choice_of.get(head)).value() for head, x in zip(heads, sources, strict=True)]

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from instaqnas.quant.switchable import BitChoice
+
 ChooseBits = Callable[[Tensor], Tensor]
 
 
@@ -18,6 +20,27 @@ def uniformly_random(positions: int, choices: int, generator: torch.Generator) -
 
     def choose(images: Tensor) -> Tensor:
         return torch.randint(choices, (len(images), positions), generator=generator).to(images.device)
+
+    return choose
+
+
+def sandwich(positions: int, choices: Sequence[BitChoice], generator: torch.Generator) -> ChooseBits:
+    """The sandwich rule (Yu and Huang, ICCV 2019) within a batch, whose images come in random order.
+
+    The first third of the images has the cheapest choice at every position, the second the dearest, the last has
+    uniformly random configurations; where thirds are not whole, the earlier ones are larger. Cost is weight bits x
+    activation bits; `generator` is on the CPU.
+    """
+    costs = [weight_bits * activation_bits for weight_bits, activation_bits in choices]
+    cheapest, dearest = costs.index(min(costs)), costs.index(max(costs))
+    random = uniformly_random(positions, len(choices), generator)
+
+    def choose(images: Tensor) -> Tensor:
+        drawn = random(images)
+        first, second, _ = drawn.tensor_split(3)  # views
+        first.fill_(cheapest)
+        second.fill_(dearest)
+        return drawn
 
     return choose
 

@@ -19,17 +19,22 @@ from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One convolution: its name in the network, MACs per image, parameters, and its bit choices."""
+    """One convolution: its name in the network, MACs per image, parameters, those that are weights, its bit choices."""
 
     name: str
     macs: int
     params: int
+    weights: int
     choices: tuple[BitChoice, ...]
 
     def bitops(self, choice: int = 0) -> int:
         """Bit operations of one image at choice number `choice`."""
         weight_bits, activation_bits = self.choices[choice]
         return self.macs * weight_bits * activation_bits
+
+    def weight_bytes(self, choice: int = 0) -> int:
+        """Bytes of the weights at choice number `choice`, packed without gaps."""
+        return (self.weights * self.choices[choice][0] + 7) // 8
 
 
 @torch.no_grad()
@@ -41,7 +46,8 @@ def measure_layers(network: nn.Module, forward: Callable[[], object]) -> list[La
     def record(layer: SwitchableConv2d, _args: tuple, output: Affine) -> None:
         macs = output.y[0].numel() * math.prod(layer.weight.shape[-3:])
         params = sum(p.numel() for p in layer.parameters())
-        layers.append(LayerCost(names[layer], macs, params, layer.choices))
+        weights = math.prod(layer.weight.shape[-4:])
+        layers.append(LayerCost(names[layer], macs, params, weights, layer.choices))
 
     hooks = [layer.register_forward_hook(record) for layer in names]
     was_training = network.training

@@ -49,6 +49,37 @@ def moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return same.view(y.shape), sums, squares
 
 
+def integer_levels(
+    y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, offset: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The levels of `clip_round` plus `offset` as integers, for a `y` whose channels come last; for inference.
+
+    Args:
+        y: [B, N, C], float or int32.
+        scale, shift: [B, C].
+        lowest, highest, offset: [B], whole numbers.
+        dtype: int8 or int16.
+    """
+    function = _integer_levels_8 if dtype == torch.int8 else _integer_levels_16
+    return _run(function, y, scale, shift, lowest, highest, offset)
+
+
+def integer_depthwise(levels: Tensor, taps: Tensor, kernel_size: int, stride: int) -> Tensor:
+    """Depthwise convolution of integers, summed in 32 bits; for inference.
+
+    Args:
+        levels: int16 [B, H, W, C], already padded.
+        taps: int32 [B, kernel_size^2, C].
+        kernel_size: 3.
+        stride: 1 or 2.
+
+    Returns: int32 [B, H', W', C].
+    """
+    if kernel_size != 3 or stride not in (1, 2):
+        raise ValueError(f"expected a kernel of 3 and stride 1 or 2, got {kernel_size} and {stride}")
+    return _run(_integer_depthwise_1 if stride == 1 else _integer_depthwise_2, levels, taps)
+
+
 class _ClipRound(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
@@ -82,8 +113,11 @@ class _Moments(torch.autograd.Function):
 
 
 def _position(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Where `y` lies on the grid, in levels, before rounding."""
-    return torch.addcmul(shift[:, :, None], y.to(scale.dtype), scale[:, :, None])
+    """Where `y` lies on the grid, in levels, before rounding.
+
+    Not as a fused multiply-add, which compiled code is not: levels must not depend on what happens to be compiled.
+    """
+    return (y.to(scale.dtype) * scale[:, :, None]).add_(shift[:, :, None])
 
 
 def _clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
@@ -119,8 +153,47 @@ def _moments_backward(grad_y: Tensor, y: Tensor, grad_sums: Tensor, grad_squares
     return (grad_y + through_sums).to(y.dtype)
 
 
+def _integer_levels_8(
+    y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, offset: Tensor
+) -> Tensor:
+    return _integer_levels(y, scale, shift, lowest, highest, offset).to(torch.int8)
+
+
+def _integer_levels_16(
+    y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, offset: Tensor
+) -> Tensor:
+    return _integer_levels(y, scale, shift, lowest, highest, offset).to(torch.int16)
+
+
+def _integer_levels(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, offset: Tensor) -> Tensor:
+    position = (y.to(scale.dtype) * scale[:, None]).add_(shift[:, None])
+    return position.round_().clamp_(lowest[:, None, None], highest[:, None, None]).add_(offset[:, None, None])
+
+
+def _integer_depthwise_1(levels: Tensor, taps: Tensor) -> Tensor:
+    height, width = levels.shape[1] - 2, levels.shape[2] - 2
+    return sum(
+        levels[:, i : i + height, j : j + width].to(torch.int32) * taps[:, None, None, 3 * i + j]
+        for i in range(3)
+        for j in range(3)
+    )
+
+
+def _integer_depthwise_2(levels: Tensor, taps: Tensor) -> Tensor:
+    height, width = (levels.shape[1] - 1) // 2, (levels.shape[2] - 1) // 2
+    return sum(
+        levels[:, i : i + 2 * height : 2, j : j + 2 * width : 2].to(torch.int32) * taps[:, None, None, 3 * i + j]
+        for i in range(3)
+        for j in range(3)
+    )
+
+
 # --- Compilation ------------------------------------------------------------------------------------------------------
 
+_PASSES = (
+    _clip_round, _clip_round_backward, _clip_round_bounds_backward, _moments, _moments_backward,
+    _integer_levels_8, _integer_levels_16, _integer_depthwise_1, _integer_depthwise_2,
+)  # fmt: skip
 _compiled: dict[Callable, Callable] = {}
 _insists = False
 
@@ -137,7 +210,7 @@ def compile_passes(mode: CompileMode) -> None:
     if mode != "off":
         # It warns of a CUDA toolkit without a GPU, which is nobody's mistake.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        for function in (_clip_round, _clip_round_backward, _clip_round_bounds_backward, _moments, _moments_backward):
+        for function in _PASSES:
             _compiled[function] = torch.compile(function, dynamic=True)
 
 

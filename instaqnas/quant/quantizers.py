@@ -61,8 +61,9 @@ class Affine(NamedTuple):
         """The feature map itself [B, C, H, W], without ReLU."""
         if self.scale is None:
             return self.y
-        y = self.y.to(self.scale.dtype)  # under autocast the sums are bf16
-        return torch.addcmul(self.shift[:, :, None, None], y, self.scale[:, :, None, None])
+        # Under autocast the sums are bf16. Integer sums lie channels-last; what is summed up later must not notice.
+        y = self.y.to(self.scale.dtype).contiguous()
+        return y * self.scale[:, :, None, None] + self.shift[:, :, None, None]
 
 
 def as_affine(x: Affine | Tensor) -> Affine:
@@ -173,6 +174,50 @@ class LsqWeights(WeightQuantizer):
         step, lowest, highest = self.grid(copies[0].numel() // self.log_step.shape[1])
         scale = step.reciprocal().expand(copies.shape[:2])
         return clip_round(copies, scale, torch.zeros_like(scale), lowest, highest), step
+
+
+class NestedWeights(WeightQuantizer):
+    """Any-Precision (Yu et al., AAAI 2021): the integers of a choice are the top bits of those of the widest choice.
+
+    With Q = floor(w / s) the widest integer, of B bits, a choice of b bits has q = floor(Q / 2^(B - b)) and stands for
+    the middle of what falls to it: level 2q + 1 at step size s * 2^(B - b) / 2. s is learned, one for all choices.
+
+    Args:
+        channels: 1, or the output channels for a step size of each.
+    """
+
+    def __init__(self, bits: Sequence[int], channels: int = 1) -> None:
+        super().__init__(bits)
+        quantized = [b for b in bits if b != FULL_PRECISION]
+        if quantized:
+            self.widest, self.narrowest = max(quantized), min(quantized)
+            half_steps = [2.0 ** (self.widest - b - 1) if b != FULL_PRECISION else 1.0 for b in bits]
+            self.register_buffer("half_step", torch.tensor(half_steps), persistent=False)  # [K], in units of s
+            self.log_step = nn.Parameter(torch.full((1, channels), math.nan))
+
+    def grid(self, numel: int) -> Grid:
+        widest = torch.tensor([level_range(self.widest, signed=True)[1]], device=self.lowest.device)
+        step = _lsq_step(self.log_step, _gradient_scale(numel, widest)[:, None]) * self.half_step[:, None]
+        last = 2 * self.highest + 1  # 2^b - 1
+        return Grid(self._step_column(step), -last, last)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        if self.any_quantized:
+            per_channel = self.log_step.shape[1] > 1
+            magnitude = x.flatten(1).abs().mean(1)[None] if per_channel else x.abs().mean()[None, None]
+            highest = self.highest.new_tensor([level_range(self.narrowest, signed=True)[1]])
+            step = _first_lsq_step(magnitude, highest) / 2 ** (self.widest - self.narrowest)
+            self.log_step.copy_(step.log())
+
+    def _levels(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+        step, lowest, highest = self.grid(copies[0].numel() // self.log_step.shape[1])
+        # Step sizes differ by powers of two, so that the floors are nested to the last bit.
+        position = copies / step[..., None, None, None]
+        lowest, highest = (end.view(-1, 1, 1, 1, 1) for end in (lowest, highest))
+        passed = position.clamp(lowest, highest)
+        levels = (2 * (position / 2).floor() + 1).clamp(lowest, highest)
+        return levels.detach() + (passed - passed.detach()), step  # straight-through
 
 
 class DoReFaWeights(WeightQuantizer):
@@ -302,8 +347,15 @@ class DoReFaActivations(ActivationQuantizer):
 # --- Helpers ----------------------------------------------------------------------------------------------------------
 
 
-def weight_quantizer(name: QuantizerName, bits: Sequence[int], channels: int = 1) -> WeightQuantizer:
-    """The quantizer `name` of a weight; `channels` above 1: a step size per output channel (LSQ only)."""
+def weight_quantizer(
+    name: QuantizerName, bits: Sequence[int], channels: int = 1, *, nested: bool = False
+) -> WeightQuantizer:
+    """The quantizer `name` of a weight.
+
+    With LSQ, `channels` above 1 gives each output channel a step size, and `nested` nests the grids of the choices.
+    """
+    if nested:
+        return NestedWeights(bits, channels)
     return LsqWeights(bits, channels) if name in ("lsq_plus", "lsq") else DoReFaWeights(bits)
 
 

@@ -25,7 +25,7 @@ from instaqnas.quant.quantizers import (
 )
 
 BitChoice = tuple[int, int]
-WeightSharing = Literal["shared", "separate"]
+WeightSharing = Literal["shared", "separate", "nested"]
 
 
 def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
@@ -82,11 +82,41 @@ class PerChoiceBatchNorm(nn.Module):
         mean, var = self.running_mean, self.running_var
         if self.training:
             y, mean, var = self._batch_statistics(y, factor, choice)
+        scale, shift = self._folded(mean, var, factor)
+        return Affine(y, of_images(scale, choice, len(y)), of_images(shift, choice, len(y)))
+
+    def folded(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scale and shift [K, C] that normalisation of `factor * y` comes to in evaluation."""
+        return self._folded(self.running_mean, self.running_var, factor)
+
+    def totals(self, y: Tensor, factor: Tensor | None, choice: Tensor | None) -> Tensor:
+        """Count, sum and sum of squares of `factor * y` over the pixels of each choice's images, float64 [3, K, C].
+
+        Arguments as those of `forward`.
+        """
+        _, sums, squares = moments(y)
+        member = self._members(y, choice).double()
+        count = member.sum(1, keepdim=True) * y[0, 0].numel()  # [K, 1]
+        factor = torch.ones_like(count) if factor is None else factor.double()
+        sums, squares = factor * (member @ sums.double()), factor**2 * (member @ squares.double())
+        return torch.stack([count.expand_as(sums), sums, squares])
+
+    @torch.no_grad()
+    def take_statistics(self, totals: Tensor) -> None:
+        """Sets the running statistics to the mean and unbiased variance behind `totals` [3, K, C].
+
+        Those of a choice with fewer than two pixels stay.
+        """
+        count, sums, squares = totals
+        mean = sums / count.clamp(min=1)
+        var = (squares / count.clamp(min=1) - mean**2).clamp(min=0) * count / (count - 1).clamp(min=1)
+        self.running_mean.copy_(torch.where(count > 1, mean, self.running_mean))
+        self.running_var.copy_(torch.where(count > 1, var, self.running_var))
+
+    def _folded(self, mean: Tensor, var: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        if factor is not None:
-            scale = scale * factor
-        return Affine(y, of_images(scale, choice, len(y)), of_images(shift, choice, len(y)))
+        return scale if factor is None else scale * factor, shift
 
     def _batch_statistics(
         self, y: Tensor, factor: Tensor | None, choice: Tensor | None
@@ -96,8 +126,7 @@ class PerChoiceBatchNorm(nn.Module):
         Updates the running statistics.
         """
         y, sums, squares = moments(y)
-        choice = choice if choice is not None else torch.zeros(len(y), dtype=torch.int64, device=y.device)
-        member = F.one_hot(choice, len(self.weight)).T.to(sums.dtype)  # [K, B]
+        member = self._members(y, choice).to(sums.dtype)
         pixels = member.sum(1, keepdim=True) * y[0, 0].numel()  # [K, 1]
         with torch.autocast(y.device.type, enabled=False):  # bf16 would leave nothing of the difference
             mean = member @ sums / pixels.clamp(min=1)
@@ -112,6 +141,11 @@ class PerChoiceBatchNorm(nn.Module):
             self.running_var += rate * (unbiased - self.running_var)
         return y, mean, var
 
+    def _members(self, y: Tensor, choice: Tensor | None) -> Tensor:
+        """Which images have which choice, 0 or 1, [K, B]."""
+        choice = choice if choice is not None else torch.zeros(len(y), dtype=torch.int64, device=y.device)
+        return F.one_hot(choice, len(self.weight)).T
+
 
 class SwitchableConv2d(nn.Module):
     """Quantized convolution, followed by BatchNorm or a bias, at one of K (weight bits, activation bits) per image.
@@ -122,7 +156,8 @@ class SwitchableConv2d(nn.Module):
         batch_norm: BatchNorm per choice instead of a bias.
         signed_input: the input is not behind a ReLU; otherwise the layer applies one to its input.
         quantizer: how weights and inputs are quantized.
-        weights: one weight `shared` by all choices, or a `separate` one for each.
+        weights: one weight `shared` by all choices, a `separate` one for each, or a shared one with `nested` integers:
+            those of fewer bits are the top bits of the widest (LSQ only).
         per_channel: a step size per output channel of the weight (LSQ only).
     """
 
@@ -152,7 +187,12 @@ class SwitchableConv2d(nn.Module):
         self.bias = None if batch_norm else nn.Parameter(torch.zeros(out_channels))
         self.norm = PerChoiceBatchNorm(out_channels, len(self.choices)) if batch_norm else None
         weight_bits, input_bits = zip(*self.choices, strict=True)
-        self.weight_quantizer = weight_quantizer(quantizer, weight_bits, out_channels if per_channel else 1)
+        self.weight_quantizer = weight_quantizer(
+            quantizer,
+            weight_bits,
+            out_channels if per_channel else 1,
+            nested=weights == "nested" and len(self.choices) > 1,
+        )
         self.input_quantizer = activation_quantizer(quantizer, input_bits, signed=signed_input)
 
     def forward(self, x: Affine | Tensor, choice: Tensor | None = None) -> Affine:
@@ -168,8 +208,19 @@ class SwitchableConv2d(nn.Module):
         factor = _product(None if input_step is None else input_step[:, None], weight_step)  # [K, 1] or [K, out]
         if self.norm is not None:
             return self.norm(y, factor, choice)
-        scale = torch.ones_like(self.bias)[None] if factor is None else of_images(factor, choice, len(y))
-        return Affine(y, scale, self.bias[None])
+        scale, shift = self._folded_bias(factor)
+        return Affine(y, of_images(scale, choice, len(y)), shift)
+
+    def folded(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scale [K, out] and shift [K or 1, out] that stand between the integer sums and the output in evaluation.
+
+        `factor` [K, 1 or out] is the product of the step sizes.
+        """
+        return self._folded_bias(factor) if self.norm is None else self.norm.folded(factor)
+
+    def _folded_bias(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        scale = torch.ones_like(self.bias)[None] if factor is None else factor.expand(-1, len(self.bias))
+        return scale, self.bias[None]
 
     def initialize_steps(self, x: Affine | Tensor) -> None:
         """Takes what the quantizers learn from the weight and from an input `x` [B, in, H, W]."""
@@ -218,3 +269,30 @@ def calibrate(network: nn.Module, forward: Callable[[], object]) -> None:
         network.train(was_training)
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def reestimate_batch_norm(network: nn.Module, forward: Callable[[], object]) -> None:
+    """Takes the BatchNorm statistics of `network` anew from all the data that `forward()` sends through it.
+
+    They are those of all images of a choice together, whatever batches they come in ("precise BatchNorm", Wu and
+    Johnson, 2021, section 3); a choice that no image has keeps its own. On the way every batch is normalised by its own
+    statistics, as in training. Nothing else changes.
+    """
+    totals: dict[PerChoiceBatchNorm, Tensor] = {}
+
+    def add(norm: PerChoiceBatchNorm, args: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        totals[norm] = totals.get(norm, 0) + norm.totals(*args)
+
+    norms = [module for module in network.modules() if isinstance(module, PerChoiceBatchNorm)]
+    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
+    was_training = network.training
+    try:
+        network.train()
+        forward()
+    finally:
+        network.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    for norm, total in totals.items():
+        norm.take_statistics(total)

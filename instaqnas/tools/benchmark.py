@@ -2,9 +2,9 @@
 
 Rows: `fp32`, full precision in torch's own modules, channels-last; `fp32_compiled`, the same under torch.compile;
 `masked`, the published strategy: at each position all K branches run on every image, then are masked; `ours`, also with
-2 and 8 choices, in bf16 and at half the batch. Columns: a training step (forward, loss, backward, AdamW); an evaluation
-forward; a rollout (the policy, then its sampled and its greedy configuration judged with suppression and quality); the
-most memory that training takes.
+2 and 8 choices, in bf16, at half the batch, and on integers. Columns: a training step (forward, loss, backward, AdamW);
+an evaluation forward; a rollout (the policy, then its sampled and its greedy configuration judged with suppression and
+quality); the most memory that training takes.
 
 All rows have the same images, objects and first weights, and learning rate 0: none changes while it is measured. The
 detector is untrained, so nearly every box scores above the threshold, which also is that of the quality here:
@@ -52,6 +52,7 @@ from instaqnas.metrics.voc import DetectionRecords, voc_map
 from instaqnas.policy.bit_config import mix_uniform, sample, uniformly_random
 from instaqnas.policy.network import PolicyNet
 from instaqnas.quant.fused import compile_passes
+from instaqnas.quant.integer import to_integer
 from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate
 from instaqnas.seeds import generator
 from instaqnas.tools.baselines import EVAL, BaselineSSD, MaskedBranches, TorchConv, judge_in_loops
@@ -134,16 +135,24 @@ def ours(settings: Settings, images: Tensor, choices: Tensor) -> SwitchableSSD:
     return network
 
 
+def ours_integer(settings: Settings, images: Tensor, choices: Tensor) -> SwitchableSSD:
+    """`ours` on integers."""
+    return to_integer(ours(settings, images, choices))
+
+
 @dataclass(frozen=True)
 class Row:
-    """A network at work on a batch: each method does once what a column measures."""
+    """A network at work on a batch: each method does once what a column measures.
+
+    `optimizer` is None for a network without parameters.
+    """
 
     network: nn.Module
     batch: Batch
     choices: Tensor  # [B, L]
     policy: PolicyNet
     judge: Callable[[Any, Batch, Tensor], Tensor]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
 
     def train_step(self) -> None:
         """Forward, loss, backward and update."""
@@ -192,11 +201,13 @@ PLANS = {
     "ours_k2": Plan(ours, TRAINING, adapt=partial(replace, choices=2)),
     "ours_k8": Plan(ours, TRAINING, adapt=partial(replace, choices=8)),
     "ours_bf16": Plan(ours, TRAINING, adapt=partial(replace, amp="bf16")),
+    "ours_integer": Plan(ours_integer, ("eval_seconds",)),
     "ours_half_batch": Plan(ours, TRAINING, adapt=lambda settings: replace(settings, batch=settings.batch // 2)),
 }
 RATIOS = {
     "train_vs_fp32": ("train_seconds", "ours", "fp32"),
     "eval_vs_fp32": ("eval_seconds", "ours", "fp32"),
+    "integer_vs_fp32": ("eval_seconds", "ours_integer", "fp32"),
     "train_vs_fp32_compiled": ("train_seconds", "ours", "fp32_compiled"),
     "eval_vs_fp32_compiled": ("eval_seconds", "ours", "fp32_compiled"),
     "train_vs_masked": ("train_seconds", "masked", "ours"),  # a speed-up, like the next
@@ -217,7 +228,9 @@ def build_row(name: str, settings: Settings, device: torch.device) -> Row:
     network = plan.build(settings, batch.images, choices)
     policy = PolicyNet(POSITIONS, settings.choices, pool=POLICY.pool, width=POLICY.width, bits=POLICY.bits).to(device)
     calibrate(policy, lambda: policy(batch.images))
-    return Row(network, batch, choices, policy, plan.judge, torch.optim.AdamW(network.parameters(), lr=0.0))
+    parameters = list(network.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0) if parameters else None
+    return Row(network, batch, choices, policy, plan.judge, optimizer)
 
 
 def random_batch(settings: Settings) -> Batch:
@@ -444,7 +457,10 @@ def main(arguments: list[str] | None = None) -> None:
                 raise InputError(f"--{name} {values[name]}: must be {wanted}")
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         *size, repetitions = values.values()
-        names = [name for name in PLANS if not (options.no_compile and name == "fp32_compiled")]
+        left_out = {"fp32_compiled"} if options.no_compile else set()
+        if torch.cuda.is_available():
+            left_out.add("ours_integer")  # runs on the CPU only
+        names = [name for name in PLANS if name not in left_out]
         result = measure(Settings(*size), repetitions, names, options.roots)
         print(json.dumps(result) if options.json else format_table(result))
 

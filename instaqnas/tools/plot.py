@@ -1,4 +1,4 @@
-"""Draws mAP against cost of one or several runs: `python -m instaqnas.tools.plot REPORT.json... --out plot.png`."""
+"""Draws and prints mAP and cost of one or several runs: `python -m instaqnas.tools.plot REPORT.json... --out FILE`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ def joined_rows(reports: Sequence[Path]) -> list[dict[str, Any]]:
     return [{**row, "label": f"{run_name(path)}: {row['bits']}"} for path in reports for row in read_rows(path)]
 
 
+def format_rows(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of the rows, mAP in per cent."""
+    labels = [row.get("label", row["bits"]) for row in rows]
+    width = max(map(len, labels)) + 2
+    lines = [f"{'':<{width}}{'mAP 11pt':>9}{'GBitOps':>10}"]
+    for label, row in zip(labels, rows, strict=True):
+        lines.append(f"{label:<{width}}{100 * row['map_11pt']:>9.2f}{row['gbitops_total']:>10.4f}")
+    return "\n".join(lines)
+
+
 def run_name(report: Path) -> str:
     """`A` for A/eval/report.json and A/eval/uniform_w3a4/report.json; the folder's name for a file elsewhere."""
     folder = report.resolve().parent
@@ -63,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
             plot_pareto(options.out, rows)
         except OSError as error:
             raise InputError(f"{options.out}: cannot be written: {error.strerror}") from error
+        print(format_rows(rows))
         print(options.out)
 
 

@@ -1,6 +1,9 @@
 """Runs a trained run's policy and detector on any images.
 
     python -m instaqnas.tools.predict --config configs/shapes.yaml --run runs/shapes IMAGE... [--out FOLDER]
+    python -m instaqnas.tools.predict --packed packed.pt IMAGE...
+
+The second runs on integers alone, from a file of `instaqnas.tools.pack`.
 
 Prints one JSON line per image: `file`; `bits`, the choice of every position, such as w3a4; `gbitops` of the detector
 under these bits and of the policy; `detections`, best first, with `label`, `score` and `box_xyxy` in the image's own
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +24,16 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from instaqnas.config import Command, parse_command
+from instaqnas.checkpoint import load_checkpoint
+from instaqnas.config import Command, EvalConfig, parse_command
 from instaqnas.data.transforms import eval_transform
 from instaqnas.data.voc import read_image
-from instaqnas.detector.ssd import detector_costs
+from instaqnas.deploy.packed import load_packed
+from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.bit_config import greedy_by
-from instaqnas.policy.network import policy_gbitops
-from instaqnas.training.checkpoint import load_checkpoint
+from instaqnas.policy.network import PolicyNet, policy_gbitops
+from instaqnas.quant.bitops import CostTable
 from instaqnas.training.evaluate import detect
 from instaqnas.training.experiment import POLICY_STAGES, Experiment, latest_policy_checkpoint, load_network
 from instaqnas.training.pictures import draw_detections
@@ -66,63 +71,79 @@ class Prediction:
         }
 
 
+@dataclass(frozen=True)
 class Predictor:
-    """Policy and detector of a checkpoint.
+    """Policy and detector in use: networks in evaluation on `device`, their costs, class names without background."""
 
-    Args:
-        experiment: what the checkpoint was trained as.
-        checkpoint: of finetune or search.
-        score_threshold: detections scored lower are dropped.
+    detector: SwitchableSSD
+    policy: PolicyNet
+    costs: CostTable
+    policy_gbitops: float
+    class_names: tuple[str, ...]
+    settings: EvalConfig
+    device: torch.device
 
-    Raises: InputError if the checkpoint does not fit.
-    """
+    @staticmethod
+    def of_run(command: Command) -> Predictor:
+        """The latest of a run, or the checkpoint that the command names.
 
-    def __init__(self, experiment: Experiment, checkpoint: Path, score_threshold: float) -> None:
-        self.device = experiment.device
-        self.detector, self.policy = experiment.quantized_detector().eval(), experiment.policy().eval()
-        load_network(experiment, self.detector, "detector", checkpoint, stages=POLICY_STAGES)
-        load_network(experiment, self.policy, "policy", checkpoint, stages=POLICY_STAGES)
-        self.settings = replace(experiment.config.eval, score_threshold=score_threshold)
-        self.costs = detector_costs(self.detector)
-        self.policy_cost = policy_gbitops(self.policy, self.detector.image_size)
-        self.resize = eval_transform(self.detector.image_size)
+        Raises: InputError if there is none, or it does not fit the config.
+        """
+        checkpoint = command.init or latest_policy_checkpoint(command)
+        experiment = Experiment(command.config, load_checkpoint(checkpoint)["classes"])
+        detector, policy = experiment.quantized_detector().eval(), experiment.policy().eval()
+        load_network(experiment, detector, "detector", checkpoint, stages=POLICY_STAGES)
+        load_network(experiment, policy, "policy", checkpoint, stages=POLICY_STAGES)
+        costs, policy_cost = detector_costs(detector), policy_gbitops(policy, detector.image_size)
+        settings = command.config.eval
+        return Predictor(detector, policy, costs, policy_cost, experiment.class_names, settings, experiment.device)
 
-    def predict(self, image: Tensor) -> Prediction:
-        """What is found on `image`, uint8 RGB [3, H, W] of any size."""
-        resized = self.resize({"image": tv_tensors.Image(image)})["image"]
+    @staticmethod
+    def of_packed(path: Path) -> Predictor:
+        """Those of a packed file, on integers.
+
+        Raises: InputError if it cannot be read.
+        """
+        model = load_packed(path)
+        parts = (model.detector, model.policy, model.costs, model.policy_gbitops, model.class_names)
+        return Predictor(*parts, EvalConfig(), torch.device("cpu"))
+
+    def predict(self, image: Tensor, score_threshold: float) -> Prediction:
+        """What is found on `image`, uint8 RGB [3, H, W] of any size, with at least this score."""
+        resized = eval_transform(self.detector.image_size)({"image": tv_tensors.Image(image)})["image"]
         images = resized[None].to(self.device)
         choices = greedy_by(self.policy)(images)
-        found = detect(self.detector, images, choices, self.settings)
+        found = detect(self.detector, images, choices, replace(self.settings, score_threshold=score_threshold))
         height, width = image.shape[1:]
         scale = torch.tensor([width, height, width, height]) / self.detector.image_size
         return Prediction(
             [choice_name(self.detector.choices[choice]) for choice in choices[0].tolist()],
             self.costs.gbitops(choices).item(),
-            self.policy_cost,
+            self.policy_gbitops,
             found.boxes_xyxy[0].cpu() * scale,
             found.scores[0].cpu(),
             found.labels[0].cpu(),
         )
 
 
-def run_predict(command: Command, images: Sequence[Path], score_threshold: float, out: Path | None) -> None:
+def run_predict(
+    load: Callable[[], Predictor], images: Sequence[Path], score_threshold: float, out: Path | None
+) -> None:
     """Prints one line per image; also writes NAME_detections.png to `out` if it is given.
 
-    Raises: InputError for a run that is not trained so far, an image that cannot be read, or one that cannot be
+    Raises: InputError for a predictor that does not load, an image that cannot be read, or one that cannot be
     written; images before it are done.
     """
     if not 0 <= score_threshold <= 1:
         raise InputError(f"--score: expected a number from 0 to 1, got {score_threshold}")
     pictures = [None] * len(images) if out is None else _picture_paths(images, out)
-    checkpoint = command.init or latest_policy_checkpoint(command)
-    experiment = Experiment(command.config, load_checkpoint(checkpoint)["classes"])
-    predictor = Predictor(experiment, checkpoint, score_threshold)
+    predictor = load()
     for path, picture in zip(images, pictures, strict=True):
         image = torch.from_numpy(read_image(path, "upright")).permute(2, 0, 1)
-        found = predictor.predict(image)
-        print(json.dumps({"file": str(path), **found.plain(experiment.class_names)}), flush=True)
+        found = predictor.predict(image, score_threshold)
+        print(json.dumps({"file": str(path), **found.plain(predictor.class_names)}), flush=True)
         if picture is not None:
-            drawn = draw_detections(image, found.boxes_xyxy, found.scores, found.labels, experiment.class_names)
+            drawn = draw_detections(image, found.boxes_xyxy, found.scores, found.labels, predictor.class_names)
             _write_png(picture, drawn)
 
 
@@ -154,7 +175,9 @@ def main(arguments: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config", metavar="FILE", help="YAML file of the experiment")
+    model.add_argument("--packed", type=Path, metavar="FILE", help="file of instaqnas.tools.pack, run on integers")
     parser.add_argument("--run", metavar="FOLDER", help="the run (default: runs/<name of FILE>)")
     parser.add_argument("--init", metavar="CHECKPOINT", help="take this checkpoint instead of the run's latest")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write the images with their detections here")
@@ -167,10 +190,15 @@ def main(arguments: list[str] | None = None) -> None:
             if "=" not in word:  # what follows it has been taken for an image
                 raise InputError(f"unknown option {word}; settings are overridden with an equals sign: {word}=VALUE")
         words = [word for option, value in named if value is not None for word in (option, value)]
+        if options.packed is not None:
+            if words or overrides:
+                raise InputError(f"{(words or overrides)[0]}: not together with --packed, which needs no config")
+            run_predict(lambda: Predictor.of_packed(options.packed), options.images, options.score, options.out)
+            return
         command = parse_command("eval", [*words, *overrides])
         if command.bits != "policy":
             raise InputError(f"--bits {command.bits}: here the policy chooses the bits; eval.py compares other ways")
-        run_predict(command, options.images, options.score, options.out)
+        run_predict(lambda: Predictor.of_run(command), options.images, options.score, options.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from instaqnas.config import Config, parse_command
 from instaqnas.data.voc import VOC_CLASSES, read_class_names
 from instaqnas.detector.ssd import DetectorBits, detector_layers
-from instaqnas.errors import exit_on_input_error
+from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.network import policy_layers
 from instaqnas.quant.bitops import CostTable, LayerCost
 from instaqnas.training.experiment import Experiment
@@ -34,13 +34,21 @@ GROUPS = {
 class Profile:
     """What one image costs.
 
-    `layers` are the convolutions of the detector, with the config's bit choices and the parameters of full precision;
-    `uniform_gbitops` is the cost of the detector with all positions at one choice, by the name of the choice.
+    `layers` are the convolutions of the detector, with the config's bit choices and the parameters of full precision,
+    `positions` the names of those that the policy controls; `uniform_gbitops` is the cost of the detector with all
+    positions at one choice, by the name of the choice. `nested`: the weights of all choices are stored as one.
     """
 
     layers: list[LayerCost]
+    positions: tuple[str, ...]
+    nested: bool
     uniform_gbitops: dict[str, float]
     policy_layers: list[LayerCost]
+
+    def weight_bytes(self, layer: LayerCost) -> int:
+        """Bytes of a layer's weights in a packed file, for all its choices, before they are deflated."""
+        each = [layer.weight_bytes(k) for k in range(len(layer.choices))]
+        return max(each) if self.nested else sum(each)
 
     def plain(self) -> dict[str, Any]:
         """Totals as plain values: MACs, parameters and GBitOps of the detector, and apart from them of the policy."""
@@ -72,7 +80,33 @@ def profile(config: Config, class_names: tuple[str, ...]) -> Profile:
         choice_name(choice): costs.gbitops(torch.full((1, len(detector.positions)), k)).item()
         for k, choice in enumerate(detector.choices)
     }
-    return Profile(layers, uniform, policy_layers(experiment.policy(), detector.image_size))
+    nested = config.bits.weights == "nested"
+    return Profile(layers, detector.positions, nested, uniform, policy_layers(experiment.policy(), detector.image_size))
+
+
+def at_configuration(result: Profile, configuration: str) -> Profile:
+    """The profile with the positions at one bit configuration alone.
+
+    Args:
+        configuration: names of choices such as w3a4, one for all positions or one for each, separated by commas.
+
+    Raises: InputError if there are other names, or another number of them.
+    """
+    names = configuration.split(",")
+    known = list(result.uniform_gbitops)
+    if set(names) - set(known):
+        raise InputError(f"--configuration: expected choices of {', '.join(known)}, got {configuration}")
+    if len(names) not in (1, len(result.positions)):
+        raise InputError(f"--configuration: expected 1 or {len(result.positions)} choices, got {len(names)}")
+    choice_at = dict(zip(result.positions, names * (len(result.positions) // len(names)), strict=True))
+
+    def fixed(layer: LayerCost) -> LayerCost:
+        if layer.name not in choice_at:
+            return layer
+        return replace(layer, choices=(layer.choices[known.index(choice_at[layer.name])],))
+
+    layers = [fixed(layer) for layer in result.layers]
+    return replace(result, layers=layers, uniform_gbitops={configuration: sum(map(LayerCost.bitops, layers)) / 1e9})
 
 
 def class_names_of(roots: Sequence[str]) -> tuple[str, ...]:
@@ -90,8 +124,8 @@ def class_names_of(roots: Sequence[str]) -> tuple[str, ...]:
 
 
 def format_table(result: Profile) -> str:
-    """A table of all layers in their groups, then the totals."""
-    lines = [_line("layer", "MACs", "params", "bits", "GBitOps")]
+    """A table of all layers in their groups, then the totals; bytes are those of the packed weights of each choice."""
+    lines = [_line("layer", "MACs", "params", "bits", "GBitOps", "bytes")]
     for group, mark in GROUPS.items():
         members = [layer for layer in result.layers if mark in layer.name]
         totals = (f"{sum(layer.macs for layer in members):,}", f"{sum(layer.params for layer in members):,}")
@@ -102,6 +136,8 @@ def format_table(result: Profile) -> str:
     figures = {f"positions {name}": value for name, value in gbitops["uniform"].items()}
     figures |= {"all w8a8": gbitops["all_8_8"], "all w4a4": gbitops["all_4_4"]}
     lines += [_line("", bits=name, gbitops=f"{value:.4f}") for name, value in figures.items()]
+    weight_bytes = sum(result.weight_bytes(layer) for layer in result.layers)
+    lines.append(_line("", bits="weights as packed", weight_bytes=f"{weight_bytes:,}"))
     bits = choice_name(result.policy_layers[0].choices[0])
     policy = plain["policy"]
     lines.append(_line("policy", f"{policy['macs']:,}", bits=bits, gbitops=f"{policy['gbitops']:.4f}"))
@@ -111,11 +147,14 @@ def format_table(result: Profile) -> str:
 def _layer_line(layer: LayerCost) -> str:
     bits = " ".join(map(choice_name, layer.choices))
     gbitops = " ".join(f"{layer.bitops(k) / 1e9:.4f}" for k in range(len(layer.choices)))
-    return _line(f"  {layer.name}", f"{layer.macs:,}", f"{layer.params:,}", bits, gbitops)
+    weight_bytes = " ".join(f"{layer.weight_bytes(k):,}" for k in range(len(layer.choices)))
+    return _line(f"  {layer.name}", f"{layer.macs:,}", f"{layer.params:,}", bits, gbitops, weight_bytes)
 
 
-def _line(name: str, macs: str = "", params: str = "", bits: str = "", gbitops: str = "") -> str:
-    return f"{name:<32}{macs:>15}{params:>12}  {bits:<24}{gbitops}".rstrip()
+def _line(
+    name: str, macs: str = "", params: str = "", bits: str = "", gbitops: str = "", weight_bytes: str = ""
+) -> str:
+    return f"{name:<32}{macs:>15}{params:>12}  {bits:<24}{gbitops:<24}{weight_bytes}".rstrip()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -129,11 +168,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
     parser.add_argument("--json", action="store_true", help="print the totals as one JSON object")
+    parser.add_argument(
+        "--configuration",
+        metavar="CHOICES",
+        help="count one bit configuration: a choice such as w3a4 for all positions, or one for each, with commas",
+    )
     options, overrides = parser.parse_known_args(arguments)
 
     with exit_on_input_error():
         config = parse_command("eval", ["--config", options.config, *overrides]).config
         result = profile(config, class_names_of(config.data.roots))
+        if options.configuration is not None:
+            result = at_configuration(result, options.configuration)
         print(json.dumps(result.plain()) if options.json else format_table(result))
 
 

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from instaqnas.data.loader import Batch
-from instaqnas.detector.ssd import SwitchableSSD
+from instaqnas.detector.ssd import SSDOutput, SwitchableSSD
 from instaqnas.errors import TrainingError
 from instaqnas.policy.bit_config import ChooseBits
 from instaqnas.quant.quantizers import Quantizer
+
+Distill = Callable[[Tensor, SSDOutput], Tensor]  # images [B, 3, S, S] and the outputs for them -> loss
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def train_detector_epoch(
     clip_grad_norm: float,
     device: torch.device,
     on_step: Callable[[int, dict[str, float]], None],
+    distill: Distill | None = None,
 ) -> DetectorEpoch:
     """Trains on every batch once.
 
@@ -51,21 +54,28 @@ def train_detector_epoch(
         scheduler: stepped once a batch.
         clip_grad_norm: largest gradient norm; 0 does not clip.
         on_step: called after every step with its number in the epoch, from 0, and its losses.
+        distill: a further loss, `distill`, already weighted.
 
     Raises: TrainingError at a loss or gradient that is not finite, before it reaches the weights.
     """
     detector.train()
+    of_quantizers = [p for m in detector.modules() if isinstance(m, Quantizer) for p in m.parameters()]
+    own = set(of_quantizers)
+    others = [p for p in detector.parameters() if p not in own]
     sums: dict[str, float] = {}
     chosen, images_seen = [], 0
     for step, batch in enumerate(batches):
         batch = batch.to(device)
         choices = choose_bits(batch.images)
-        losses = detector.loss(detector(batch.images, choices), batch.boxes_xyxy, batch.labels)
+        output = detector(batch.images, choices)
+        losses = detector.loss(output, batch.boxes_xyxy, batch.labels)
+        if distill is not None:
+            losses["distill"] = distill(batch.images, output)
         loss = sum(losses.values())
         check_finite(loss, step, batch.image_ids)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = _clip_gradients(detector, clip_grad_norm)
+        norm = _clip_gradients(others, of_quantizers, clip_grad_norm)
         check_finite(norm, step, batch.image_ids)
         optimizer.step()
         scheduler.step()
@@ -79,13 +89,12 @@ def train_detector_epoch(
     return DetectorEpoch({name: value / images_seen for name, value in sums.items()}, torch.cat(chosen))
 
 
-def _clip_gradients(detector: SwitchableSSD, largest_norm: float) -> Tensor:
-    """Scales the gradients down to `largest_norm` (0: not at all) but those of quantizers, whose scale is their own.
+def _clip_gradients(parameters: list[nn.Parameter], of_quantizers: list[nn.Parameter], largest_norm: float) -> Tensor:
+    """Scales the gradients of `parameters` down to `largest_norm` (0: not at all), not those of quantizers, whose scale
+    is their own.
 
-    Returns: the norm before, NaN or infinite where any gradient is.
+    Returns: the norm before, NaN or infinite where any gradient is, those of quantizers included.
     """
-    quantizers = [p for m in detector.modules() if isinstance(m, Quantizer) for p in m.parameters()]
-    own = set(quantizers)
-    norm = torch.nn.utils.clip_grad_norm_([p for p in detector.parameters() if p not in own], largest_norm or math.inf)
-    of_quantizers = torch.nn.utils.get_total_norm([p.grad for p in quantizers if p.grad is not None])
-    return norm + 0 * of_quantizers
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm or math.inf)
+    quantizer_norm = torch.nn.utils.get_total_norm([p.grad for p in of_quantizers if p.grad is not None])
+    return norm + 0 * quantizer_norm

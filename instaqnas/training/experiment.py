@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from instaqnas.config import Command, Config, TrainConfig, completed, differences, to_plain
+from instaqnas.checkpoint import load_checkpoint
+from instaqnas.config import Command, Config, QuantTrainConfig, TrainConfig, completed, differences, to_plain
 from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, collate, load_images, make_loader
 from instaqnas.data.transforms import SampleTransform, eval_transform, flip_transform, train_transform
 from instaqnas.data.voc import Annotation, read_class_names, read_split
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs, position_count
 from instaqnas.errors import InputError
-from instaqnas.policy.bit_config import ChooseBits, fixed, uniformly_random
+from instaqnas.policy.bit_config import ChooseBits, fixed, sandwich, uniformly_random
 from instaqnas.policy.network import PolicyNet
 from instaqnas.seeds import derived_seed, generator
-from instaqnas.training.checkpoint import load_checkpoint
 from instaqnas.training.evaluate import EvalReport, evaluate
 from instaqnas.training.run_dir import best_checkpoint
 
@@ -140,6 +140,11 @@ class Experiment:
         positions = position_count(self.config.bits.positions)
         return uniformly_random(positions, len(self.config.bits.choices), random)
 
+    def choose_sandwich(self, *purpose: int | str) -> ChooseBits:
+        """The cheapest, the dearest and random configurations, from a stream of their own."""
+        bits = self.config.bits
+        return sandwich(position_count(bits.positions), bits.choices, generator(self.config.seed, *purpose))
+
     def choose_fixed(self, detector: SwitchableSSD, choice: int = 0) -> ChooseBits:
         """The same choice at every position of `detector`."""
         return fixed([choice] * len(detector.positions))
@@ -217,6 +222,19 @@ def finished_checkpoint(run: Path, stage: str, settings: TrainConfig, script: st
     if epoch < settings.epochs:
         raise InputError(f"{run / stage}: at epoch {epoch} of {settings.epochs}; repeat {script} to finish it")
     return path
+
+
+def teacher_checkpoint(command: Command, stage: str, settings: QuantTrainConfig) -> Path | None:
+    """The checkpoint of the run's full-precision training where a stage distills from it, else None.
+
+    Raises: InputError if it does and there is none, or as `finished_checkpoint`.
+    """
+    if not settings.distill_weight:
+        return None
+    path = best_checkpoint(command.run, "pretrain_fp32")
+    if not path.exists():
+        raise InputError(f"{stage}.distill_weight: needs the run's full-precision network, but {path} is missing")
+    return finished_checkpoint(command.run, "pretrain_fp32", command.config.pretrain_fp32, "pretrain.py")
 
 
 def latest_policy_checkpoint(command: Command) -> Path:

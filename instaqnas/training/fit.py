@@ -71,6 +71,7 @@ def fit(
     epochs: int,
     steps_per_epoch: int,
     train_epoch: Callable[[int], EpochResult],
+    after_training: Callable[[], None],
     validate: Callable[[], EvalReport] | None,
     keep_best: bool,
     add_pictures: Callable[[int], None],
@@ -81,6 +82,7 @@ def fit(
 
     Args:
         train_epoch: trains epoch number 0, 1, ... and updates `state`.
+        after_training: called once after the last epoch, before it is validated and saved.
         validate: evaluates on the val split; None where there is none.
         keep_best: keep the checkpoint with the highest mAP on the val split too.
         add_pictures: logs pictures of detections at a step.
@@ -93,6 +95,8 @@ def fit(
     while state.epoch < epochs:
         result = train_epoch(state.epoch)
         state.epoch += 1
+        if state.epoch == epochs:
+            after_training()
         step, due = state.epoch * steps_per_epoch, _is_due(state.epoch, epochs, eval_every)
         scalars, improved = dict(result.scalars), False
         if due and validate is not None:

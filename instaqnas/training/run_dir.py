@@ -22,9 +22,9 @@ import torchvision
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.config import completed, differences
 from instaqnas.errors import InputError
-from instaqnas.training.checkpoint import load_checkpoint, save_checkpoint
 
 # The sections of the config that the result of a stage depends on, beside its own.
 DECISIVE_SECTIONS = {
@@ -61,9 +61,10 @@ class RunDir:
         config: resolved config as plain values.
         classes: class names, which checkpoints carry.
         source: the checkpoint that the stage starts from, if it does.
+        teacher: the checkpoint that it distills from, if that is another.
         restart: set an earlier beginning of this stage aside, as STAGE.old-1, and begin anew.
 
-    Raises: InputError if the folder holds the same stage of another config, other classes or another source.
+    Raises: InputError if the folder holds the same stage of another config, other classes or another source or teacher.
     """
 
     def __init__(
@@ -74,15 +75,17 @@ class RunDir:
         classes: Sequence[str],
         *,
         source: Path | None = None,
+        teacher: Path | None = None,
         restart: bool = False,
     ) -> None:
         self.stage, self.path, self.config, self.classes = stage, run / stage, config, list(classes)
-        self.source = "" if source is None else _sha256(source)
+        sources = [path for path in (source, teacher) if path is not None]
+        self.source = " ".join(map(_sha256, sources))
         self._writer: SummaryWriter | None = None
         if restart:
             set_aside(self.path)
         if self.last.exists():
-            self._check_same_beginning(source)
+            self._check_same_beginning(sources)
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -132,8 +135,8 @@ class RunDir:
         if self._writer is not None:
             self._writer.close()
 
-    def _check_same_beginning(self, source: Path | None) -> None:
-        """Raises InputError unless the last checkpoint is of this stage, config, classes and source."""
+    def _check_same_beginning(self, sources: Sequence[Path]) -> None:
+        """Raises InputError unless the last checkpoint is of this stage, config, classes and sources."""
         state = load_checkpoint(self.last)
         try:
             old = _decisive(completed(state["config"]), self.stage)
@@ -144,7 +147,7 @@ class RunDir:
             {"stage": self.stage, **_decisive(self.config, self.stage), "classes": self.classes},
         )
         if state.get("source", "") != self.source:
-            changed.append(f"the checkpoint that it started from was not {source}")
+            changed.append(f"from other checkpoints than {', '.join(map(str, sources))}")
         if changed:
             raise InputError(
                 f"{self.path}: was begun otherwise ({'; '.join(changed)}); "

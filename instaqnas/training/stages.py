@@ -10,24 +10,27 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from instaqnas.config import Command, RewardConfig, TrainConfig
 from instaqnas.data.loader import Batch, DetectionLoader
-from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, copy_weights, detector_costs
+from instaqnas.detector.distillation import distillation_loss
+from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy import reward as rewards
 from instaqnas.policy.bit_config import ChooseBits, greedy_by, sampled_by
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.fused import compile_passes
-from instaqnas.quant.switchable import calibrate
+from instaqnas.quant.switchable import calibrate, reestimate_batch_norm
 from instaqnas.seeds import generator
-from instaqnas.training.detector_epoch import DetectorEpoch, train_detector_epoch
+from instaqnas.training.detector_epoch import DetectorEpoch, Distill, train_detector_epoch
 from instaqnas.training.evaluate import EvalReport, detect, quality_of
 from instaqnas.training.experiment import (
     FULL_PRECISION_STAGES,
@@ -37,6 +40,7 @@ from instaqnas.training.experiment import (
     finished_checkpoint,
     latest_policy_checkpoint,
     load_network,
+    teacher_checkpoint,
 )
 from instaqnas.training.fit import EpochResult, TrainState, fit
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
@@ -54,25 +58,41 @@ LOG_EVERY = 10  # steps between TensorBoard scalars of the training loss
 
 @dataclass(frozen=True)
 class DetectorTraining:
-    """One detector being trained in one stage."""
+    """One detector being trained in one stage, and its moving average where `ema_decay` asks for one."""
 
     experiment: Experiment
     run_dir: RunDir
     detector: SwitchableSSD
+    average: AveragedModel | None
     settings: TrainConfig
     loader: DetectionLoader
     state: TrainState
+    distill: Distill | None
 
     @staticmethod
     def begin(
-        experiment: Experiment, run_dir: RunDir, detector: SwitchableSSD, settings: TrainConfig
+        experiment: Experiment,
+        run_dir: RunDir,
+        detector: SwitchableSSD,
+        settings: TrainConfig,
+        distill: Distill | None = None,
     ) -> DetectorTraining:
-        """Builds optimizer, schedule and training data."""
+        """Builds optimizer, schedule, average and training data."""
         loader = experiment.train_loader(settings.batch_size, run_dir.stage)
         optimizer = build_optimizer(detector, settings)
         scheduler = build_scheduler(optimizer, settings, len(loader))
-        state = TrainState({"detector": detector}, {"detector": optimizer}, scheduler)
-        return DetectorTraining(experiment, run_dir, detector, settings, loader, state)
+        networks, average = {"detector": detector}, None
+        if settings.ema_decay:
+            average = AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
+            average.update_parameters(detector)  # the first update copies; later ones, after a resumption too, average
+            networks = {"detector": average.module, "trained_detector": detector}
+        state = TrainState(networks, {"detector": optimizer}, scheduler)
+        return DetectorTraining(experiment, run_dir, detector, average, settings, loader, state, distill)
+
+    @property
+    def result(self) -> SwitchableSSD:
+        """What is validated, drawn, judged and handed on: the average where there is one."""
+        return self.detector if self.average is None else self.average.module
 
     def epoch(self, epoch: int, choose_bits: ChooseBits) -> DetectorEpoch:
         """One pass over the training split."""
@@ -81,7 +101,9 @@ class DetectorTraining:
         first_step = epoch * len(self.loader)
         writer = self.run_dir.open_tensorboard(first_step)
 
-        def show(step: int, scalars: dict[str, float]) -> None:
+        def after_step(step: int, scalars: dict[str, float]) -> None:
+            if self.average is not None:
+                self.average.update_parameters(self.detector)
             bar.set_postfix(loss=f"{scalars['loss']:.3f}")
             done = first_step + step + 1
             if done % LOG_EVERY == 0:
@@ -96,7 +118,8 @@ class DetectorTraining:
             self.state.scheduler,
             clip_grad_norm=self.settings.clip_grad_norm,
             device=self.experiment.device,
-            on_step=show,
+            on_step=after_step,
+            distill=self.distill,
         )
 
     def fit(
@@ -106,16 +129,24 @@ class DetectorTraining:
         *,
         policy_cost: float = 0.0,
         keep_best: bool = True,
+        batch_norm_batches: int = 0,
     ) -> None:
-        """Trains to the end; validates and draws each time under what `choose_bits()` returns."""
+        """Trains to the end; validates and draws each time under what `choose_bits()` returns.
+
+        BatchNorm takes its last statistics from `batch_norm_batches` training batches under the same; 0 leaves them.
+        """
         val_loader = self.experiment.val_loader()
         shown = self.experiment.picture_batch()
 
+        def after_training() -> None:
+            if batch_norm_batches:
+                self._reestimate_batch_norm(choose_bits(), batch_norm_batches)
+
         def validate() -> EvalReport:
-            return self.experiment.evaluate(self.detector, val_loader, choose_bits(), policy_cost)
+            return self.experiment.evaluate(self.result, val_loader, choose_bits(), policy_cost)
 
         def add_pictures(step: int) -> None:
-            _add_pictures(self.experiment, self.run_dir, self.detector, shown, choose_bits(), step)
+            _add_pictures(self.experiment, self.run_dir, self.result, shown, choose_bits(), step)
 
         fit(
             self.run_dir,
@@ -123,12 +154,24 @@ class DetectorTraining:
             epochs=self.settings.epochs,
             steps_per_epoch=len(self.loader),
             train_epoch=train_epoch,
+            after_training=after_training,
             validate=None if val_loader is None else validate,
             keep_best=keep_best,
             add_pictures=add_pictures,
             eval_every=self.settings.eval_every,
             save_every=self.settings.save_every,
         )
+
+    def _reestimate_batch_norm(self, choose_bits: ChooseBits, batches: int) -> None:
+        """The result's statistics, from training images as evaluation sees them."""
+        loader = self.experiment.plain_train_loader(self.settings.batch_size, f"{self.run_dir.stage} batch norm")
+
+        def forward() -> None:
+            for batch in islice(loader, batches):
+                images = batch.images.to(self.experiment.device)
+                self.result(images, choose_bits(images))
+
+        reestimate_batch_norm(self.result, forward)
 
 
 def run_pretrain(command: Command) -> None:
@@ -158,6 +201,7 @@ def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
 
 
 def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> None:
+    settings = command.config.pretrain_quant
     run_dir = RunDir(command.run, "pretrain_quant", experiment.plain, experiment.class_names, source=source)
     detector = experiment.quantized_detector()
     if not run_dir.last.exists():
@@ -167,13 +211,19 @@ def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> N
         images = experiment.calibration_images()
         choices = experiment.choose_random("calibration")(images)
         calibrate(detector, lambda: detector(images, choices))
-    training = DetectorTraining.begin(experiment, run_dir, detector, command.config.pretrain_quant)
+    distill = _distillation(experiment, source, settings.distill_weight)
+    training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
+    choose = experiment.choose_sandwich if settings.sandwich else experiment.choose_random
 
     def train_epoch(epoch: int) -> EpochResult:
-        result = training.epoch(epoch, experiment.choose_random("pretrain_quant", epoch))
+        result = training.epoch(epoch, choose("pretrain_quant", epoch))
         return EpochResult(_prefixed("train", result.losses), result.choices)
 
-    training.fit(train_epoch, lambda: experiment.choose_random("validate"))
+    training.fit(
+        train_epoch,
+        lambda: experiment.choose_random("validate"),
+        batch_norm_batches=settings.batch_norm_batches,
+    )
 
 
 def run_search(command: Command) -> None:
@@ -184,14 +234,22 @@ def run_search(command: Command) -> None:
     detector, policy = experiment.quantized_detector(), experiment.policy()
     costs, policy_cost = detector_costs(detector), policy_gbitops(policy, detector.image_size)
     _check_costs(command.config.reward, costs, policy_cost)
+    teacher = teacher_checkpoint(command, "search", settings)
     run_dir = RunDir(
-        command.run, "search", experiment.plain, experiment.class_names, source=source, restart=command.restart
+        command.run,
+        "search",
+        experiment.plain,
+        experiment.class_names,
+        source=source,
+        teacher=teacher,
+        restart=command.restart,
     )
     if not run_dir.last.exists():
         load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
         images = experiment.calibration_images()
         calibrate(policy, lambda: policy(images))
-    training = DetectorTraining.begin(experiment, run_dir, detector, settings)
+    distill = _distillation(experiment, teacher, settings.distill_weight)
+    training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
     state = training.state
     state.networks["policy"] = policy
     state.optimizers["policy"] = torch.optim.Adam(policy.parameters(), lr=settings.policy_lr)
@@ -200,7 +258,7 @@ def run_search(command: Command) -> None:
     def train_epoch(epoch: int) -> EpochResult:
         progress = epoch / max(1, settings.epochs - 1)
         epsilon = settings.epsilon_start + (settings.epsilon_end - settings.epsilon_start) * progress
-        detector.eval()
+        training.result.eval()
         policy_loader.set_epoch(epoch)
         bar = tqdm(policy_loader, desc=f"search {epoch + 1}/{settings.epochs} policy", leave=False)
 
@@ -217,7 +275,7 @@ def run_search(command: Command) -> None:
         policy_epoch = train_policy_epoch(
             policy,
             bar,
-            _judge(experiment, detector, costs, policy_cost, state, progress),
+            _judge(experiment, training.result, costs, policy_cost, state, progress),
             state.optimizers["policy"],
             epsilon=epsilon,
             entropy_beta=settings.entropy_beta,
@@ -235,7 +293,13 @@ def run_search(command: Command) -> None:
 
     policy.eval()
     # The highest mAP would be that of an early, expensive policy: what counts is where the search ends.
-    training.fit(train_epoch, lambda: greedy_by(policy), policy_cost=policy_cost, keep_best=False)
+    training.fit(
+        train_epoch,
+        lambda: greedy_by(policy),
+        policy_cost=policy_cost,
+        keep_best=False,
+        batch_norm_batches=settings.batch_norm_batches,
+    )
 
 
 def _check_costs(settings: RewardConfig, costs: CostTable, policy_cost: float) -> None:
@@ -259,16 +323,25 @@ def _check_costs(settings: RewardConfig, costs: CostTable, policy_cost: float) -
 def run_finetune(command: Command) -> None:
     """The detector under the frozen, greedy policy."""
     experiment, config = _start(command), command.config
+    settings = config.finetune
     source = command.init or finished_checkpoint(command.run, "search", config.search, "search.py")
+    teacher = teacher_checkpoint(command, "finetune", settings)
     run_dir = RunDir(
-        command.run, "finetune", experiment.plain, experiment.class_names, source=source, restart=command.restart
+        command.run,
+        "finetune",
+        experiment.plain,
+        experiment.class_names,
+        source=source,
+        teacher=teacher,
+        restart=command.restart,
     )
     detector, policy = experiment.quantized_detector(), experiment.policy()
     if not run_dir.last.exists():
         load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
         load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
     policy.eval().requires_grad_(False)  # noqa: FBT003
-    training = DetectorTraining.begin(experiment, run_dir, detector, config.finetune)
+    distill = _distillation(experiment, teacher, settings.distill_weight)
+    training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
     training.state.networks["policy"] = policy
     choose = greedy_by(policy)
 
@@ -276,7 +349,12 @@ def run_finetune(command: Command) -> None:
         result = training.epoch(epoch, choose)
         return EpochResult(_prefixed("train", result.losses), result.choices)
 
-    training.fit(train_epoch, lambda: choose, policy_cost=policy_gbitops(policy, detector.image_size))
+    training.fit(
+        train_epoch,
+        lambda: choose,
+        policy_cost=policy_gbitops(policy, detector.image_size),
+        batch_norm_batches=settings.batch_norm_batches,
+    )
 
 
 def run_eval(command: Command) -> None:
@@ -345,6 +423,22 @@ def _start(command: Command) -> Experiment:
         torch.set_num_threads(command.config.runtime.threads)
     compile_passes(command.config.runtime.compile)
     return Experiment(command.config)
+
+
+def _distillation(experiment: Experiment, teacher: Path | None, weight: float) -> Distill | None:
+    """`weight` times the distance to the outputs of the full-precision network of a checkpoint, None for weight 0."""
+    if not weight:
+        return None
+    network = experiment.detector(DetectorBits.full_precision()).eval()
+    load_network(experiment, network, "detector", teacher, stages=FULL_PRECISION_STAGES)
+    choose = experiment.choose_fixed(network)
+
+    def distill(images: Tensor, output: SSDOutput) -> Tensor:
+        with torch.no_grad():
+            wanted = network(images, choose(images))
+        return weight * distillation_loss(output, wanted)
+
+    return distill
 
 
 def _judge(

@@ -16,6 +16,7 @@ from instaqnas.policy.bit_config import (
     mix_uniform,
     sample,
     sampled_by,
+    sandwich,
     uniformly_random,
 )
 
@@ -150,6 +151,34 @@ def test_uniformly_random_goes_on_from_call_to_call_and_repeats_from_its_seed() 
     assert not torch.equal(first, second)
     assert torch.equal(again(images(4)), first)
     assert torch.equal(again(images(4)), second)
+
+
+@pytest.mark.parametrize(
+    "count, cheapest, dearest", [(1, 1, 0), (2, 1, 1), (3, 1, 1), (4, 2, 1), (5, 2, 2), (32, 11, 11)]
+)
+def test_sandwich_gives_the_first_third_the_cheapest_choice_and_the_second_the_dearest(
+    count: int, cheapest: int, dearest: int
+) -> None:
+    choices = [(4, 4), (2, 7), (8, 3), (3, 4)]  # 16, 14, 24, 12
+    drawn = sandwich(13, choices, generator())(images(count)).tolist()
+    assert drawn[:cheapest] == [[3] * 13] * cheapest
+    assert drawn[cheapest : cheapest + dearest] == [[2] * 13] * dearest
+    assert all(len(set(row)) > 1 for row in drawn[cheapest + dearest :])
+    assert len(drawn) == count
+
+
+def test_the_last_third_of_a_sandwich_has_every_choice_everywhere_alike() -> None:
+    drawn = sandwich(3, [(2, 2), (3, 3), (4, 4), (5, 5)], generator())(images(24_000))[16_000:]
+    frequencies = nn.functional.one_hot(drawn, 4).double().mean(0)
+    torch.testing.assert_close(frequencies, torch.full((3, 4), 0.25).double(), rtol=0, atol=0.02)
+
+
+def test_sandwiches_go_on_from_call_to_call_and_repeat_from_their_seed() -> None:
+    choose, again = (sandwich(13, [(2, 2), (4, 4)], generator(1)) for _ in range(2))
+    first, second = choose(images(6)), choose(images(6))
+    assert not torch.equal(first, second)
+    assert torch.equal(again(images(6)), first)
+    assert torch.equal(again(images(6)), second)
 
 
 def test_fixed_gives_every_image_the_same_configuration() -> None:

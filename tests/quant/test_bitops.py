@@ -150,10 +150,10 @@ def test_gbitops_of_random_configurations_equal_a_sum_over_layers() -> None:
 
 def toy_layers() -> list[LayerCost]:
     return [
-        LayerCost("a", 1_000_000_007, 1, ((8, 8),)),
-        LayerCost("b", 300, 1, ((2, 2), (4, 3), (8, 8))),
-        LayerCost("c", 5_000_000_003, 1, ((4, 4),)),
-        LayerCost("d", 70_000, 1, ((2, 2), (4, 3), (32, 32))),
+        LayerCost("a", 1_000_000_007, 1, 1, ((8, 8),)),
+        LayerCost("b", 300, 1, 1, ((2, 2), (4, 3), (8, 8))),
+        LayerCost("c", 5_000_000_003, 1, 1, ((4, 4),)),
+        LayerCost("d", 70_000, 1, 1, ((2, 2), (4, 3), (32, 32))),
     ]
 
 

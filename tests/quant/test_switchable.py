@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate, per_image_conv2d
+from instaqnas.quant.switchable import (
+    PerChoiceBatchNorm,
+    SwitchableConv2d,
+    calibrate,
+    per_image_conv2d,
+    reestimate_batch_norm,
+)
 
 MIXED = [(2, 3), (4, 4), (8, 8)]
 WITH_OFF = [(3, 4), (32, 32), (32, 4), (5, 32)]
@@ -402,3 +408,68 @@ def test_calibration_is_over_once_it_returns() -> None:
     network(100 * torch.randn(3, 3, 6, 6), choice)
     for name, value in network.named_parameters():
         assert torch.equal(value, before[name])
+
+
+# --- Statistics of BatchNorm taken anew -------------------------------------------------------------------------------
+
+
+def test_statistics_taken_anew_are_those_of_all_images_of_a_choice() -> None:
+    """Two batches of different sizes; choice 1 of the second layer has no image."""
+    torch.manual_seed(0)
+    network = Chain().double()
+    batches = [torch.randn(5, 3, 6, 6).double(), 2 + torch.randn(2, 3, 6, 6).double()]
+    choices = [[0, 2, 2, 0, 2], [2, 0]]
+    calibrate(network, lambda: network(batches[0], torch.tensor([0, 1, 2, 0, 1])))
+    network.eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+
+    def forward() -> None:
+        for x, choice in zip(batches, choices, strict=True):
+            network(x, torch.tensor(choice))
+
+    reestimate_batch_norm(network, forward)
+
+    first, second = (dict(layer.named_parameters()) for layer in (network.first, network.second))
+    sums: dict[tuple[str, int], list[Tensor]] = {}
+    for x, choice in zip(batches, choices, strict=True):
+        convolved = torch.cat([convolve_alone(network.first, first, image[None], 0) for image in x])
+        hidden = F.batch_norm(convolved, None, None, training=True)
+        for image, y, k in zip(hidden, convolved, choice, strict=True):
+            sums.setdefault(("first", 0), []).append(y)
+            sums.setdefault(("second", k), []).append(convolve_alone(network.second, second, image[None], k)[0])
+    assert sums.keys() == {("first", 0), ("second", 0), ("second", 2)}
+    for (layer, k), values in sums.items():
+        norm, together = getattr(network, layer).norm, torch.stack(values)
+        torch.testing.assert_close(norm.running_mean[k], together.mean((0, 2, 3)))
+        torch.testing.assert_close(norm.running_var[k], together.var((0, 2, 3)))  # unbiased
+
+    after = network.state_dict()
+    kept = [name for name in after if "running" not in name]
+    assert {"first.weight", "second.norm.weight", "second.input_quantizer.log_step"} <= set(kept)
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+    for name in ("second.norm.running_mean", "second.norm.running_var"):
+        assert torch.equal(after[name][1], before[name][1])
+    assert not network.first.training
+
+
+def test_statistics_taken_anew_without_quantization_are_those_of_all_images() -> None:
+    layer = build(CASES["strided"], [(32, 32)], batch_norm=True)
+    x = inputs(CASES["strided"], 7)
+
+    def forward() -> None:
+        for batch in x.split(4):
+            layer(batch)
+
+    reestimate_batch_norm(layer, forward)
+    convolved = F.conv2d(x.relu(), layer.weight, stride=2, padding=1)
+    torch.testing.assert_close(layer.norm.running_mean[0], convolved.mean((0, 2, 3)))
+    torch.testing.assert_close(layer.norm.running_var[0], convolved.var((0, 2, 3)))
+
+
+def test_training_goes_on_with_running_statistics_after_they_were_taken_anew() -> None:
+    norm = PerChoiceBatchNorm(1, 2)
+    y = torch.tensor([1.0, 3.0, 5.0, 7.0]).view(1, 1, 2, 2)
+    reestimate_batch_norm(norm, lambda: norm(y, None, torch.tensor([0])))
+    assert norm.running_mean.flatten().tolist() == [4.0, 0.0]
+    norm.train()(y + 10, None, torch.tensor([0]))
+    assert norm.running_mean.flatten().tolist() == pytest.approx([5.0, 0.0])  # momentum 0.1 from 4 to 14

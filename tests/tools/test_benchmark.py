@@ -46,6 +46,7 @@ TINY = Settings(image_size=64, width=0.25, classes=4, choices=3, batch=3)
 RATIO_KEYS = {
     "train_vs_fp32",
     "eval_vs_fp32",
+    "integer_vs_fp32",
     "train_vs_fp32_compiled",
     "eval_vs_fp32_compiled",
     "train_vs_masked",
@@ -207,10 +208,12 @@ def test_ratios_are_those_of_a_hand_table_and_none_where_a_row_is_left_out() -> 
         "ours_k2": {"train_seconds": 4.0, "memory_mib": 1000.0},
         "ours_k8": {"train_seconds": 5.0, "memory_mib": 1100.0},
         "ours_bf16": {"train_seconds": 1.5},
+        "ours_integer": {"eval_seconds": 0.25},
     }
     assert ratios(rows) == {
         "train_vs_fp32": 1.5,
         "eval_vs_fp32": 0.5,
+        "integer_vs_fp32": 0.25,
         "train_vs_fp32_compiled": None,
         "eval_vs_fp32_compiled": None,
         "train_vs_masked": 4.0,

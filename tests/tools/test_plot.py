@@ -53,7 +53,13 @@ def test_plot_is_written_into_a_new_folder(tmp_path: Path, capsys: pytest.Captur
     image = cv2.imread(str(out))
     assert image.shape[0] > 100
     assert image.std() > 0
-    assert capsys.readouterr().out == f"{out}\n"
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == str(out)
+    assert [line.split() for line in table] == [
+        ["mAP", "11pt", "GBitOps"],
+        ["fp32", "70.00", "90.0000"],
+        ["policy", "60.00", "5.0000"],
+    ]
 
 
 @pytest.mark.parametrize(

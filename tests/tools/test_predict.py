@@ -14,13 +14,13 @@ import torch
 import yaml
 from PIL import Image, ImageOps
 
+from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config import from_plain, to_plain
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.data.voc import read_image
 from instaqnas.detector.ssd import DetectorBits, detector_layers
 from instaqnas.quant.switchable import calibrate
 from instaqnas.tools.predict import main
-from instaqnas.training.checkpoint import load_checkpoint
 from instaqnas.training.evaluate import detect
 from instaqnas.training.run_dir import RunDir
 from instaqnas.training.stages import DetectorTraining, Experiment

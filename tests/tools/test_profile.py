@@ -90,7 +90,22 @@ def test_table_names_every_layer_and_the_groups(
     assert sum("." in row[0] for row in rows if row[0][0].isalpha()) == 1 + 26 + 8 + 12
     # 150 x 150 outputs of 32 inputs by 64: 46.08 million, times 12, 16 and 20
     first_pointwise = next(row for row in rows if row[0] == "backbone.blocks.0.pointwise")
-    assert first_pointwise[1:] == ["46,080,000", "2,176", "w3a4", "w4a4", "w5a4", "0.5530", "0.7373", "0.9216"]
+    figures = ["46,080,000", "2,176", "w3a4", "w4a4", "w5a4", "0.5530", "0.7373", "0.9216", "768", "1,024", "1,280"]
+    assert first_pointwise[1:] == figures  # the bytes are 2,048 weights of 3, 4 and 5 bits
+    weights, channels = {8: 3 * 32 * 9, 12: 0, 4: 0}, 32  # by the bits that are stored of one: 3 + 4 + 5 = 12
+    for out in (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024):
+        weights[8] += channels * 9
+        weights[12] += channels * out  # 3 + 4 + 5 bits, or nested 5
+        channels = out
+    for inner, out in ((256, 512), (128, 256), (128, 256), (128, 256)):
+        weights[4] += channels * inner + inner * out * 9
+        channels = out
+    weights[8] += (512 + 1024 + 512 + 3 * 256) * 150 * 9
+    total = sum(bits * count for bits, count in weights.items()) // 8
+    assert ["weights", "as", "packed", f"{total:,}"] in rows
+    main(["--config", str(VOC_CONFIG), "--bits.weights", "nested"])
+    total -= weights[12] * (3 + 4) // 8
+    assert ["weights", "as", "packed", f"{total:,}"] in [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["positions", "w5a4", "50.5781"] in rows
     assert "data/VOCdevkit/VOC2007" in captured.err
 
@@ -99,6 +114,24 @@ def test_settings_can_be_overridden(capsys: pytest.CaptureFixture) -> None:
     main(["--config", str(VOC_CONFIG), "--json", "--bits.choices", "[[8, 8]]", "--bits.extras", "[8, 8]"])
     gbitops = json.loads(capsys.readouterr().out)["gbitops"]
     assert gbitops["uniform"] == {"w8a8": gbitops["all_8_8"]}
+
+
+def test_one_configuration_is_counted(capsys: pytest.CaptureFixture) -> None:
+    names = ["w5a4", *["w3a4"] * 12]
+    main(["--config", str(VOC_CONFIG), "--json", "--configuration", ",".join(names)])
+    gbitops = json.loads(capsys.readouterr().out)["gbitops"]["uniform"]
+    # all at w3a4, and the first pointwise layer, 46.08 million MACs, at two weight bits more
+    assert gbitops == {",".join(names): pytest.approx(42.54570496 + 46.08e6 * 2 * 4 / 1e9)}
+    main(["--config", str(VOC_CONFIG), "--json", "--configuration", "w4a4"])
+    assert json.loads(capsys.readouterr().out)["gbitops"]["uniform"] == {"w4a4": 46.561882112}
+
+
+@pytest.mark.parametrize("configuration", ["w2a2", "w3a4,w4a4", ""])
+def test_wrong_configuration_is_one_line_and_status_2(configuration: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--config", str(VOC_CONFIG), "--configuration", configuration])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --configuration: expected ")
 
 
 def test_classes_come_from_the_roots_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -15,9 +15,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import instaqnas.training.stages as stages
-from instaqnas.config import from_plain, parse_command
+from instaqnas.checkpoint import load_checkpoint, save_checkpoint
+from instaqnas.config import Config, from_plain, parse_command
 from instaqnas.errors import InputError, TrainingError
-from instaqnas.training.checkpoint import load_checkpoint, save_checkpoint
 
 STAGES = ("pretrain_fp32", "pretrain_quant", "search", "finetune")
 BITS = ("fp32", "uniform:w2a2", "uniform:w3a3", "uniform:w4a4", "random", "policy")
@@ -114,10 +114,17 @@ def test_same_seed_gives_the_same_weights(finished_run: Path, make_command, tmp_
         assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
+LOW_BIT_SETTINGS = ("--search.ema_decay=0.5", "--search.distill_weight=0.5", "--search.batch_norm_batches=1")
+
+
+@pytest.mark.parametrize("options", [(), LOW_BIT_SETTINGS], ids=["defaults", "average and distillation"])
 def test_interrupted_search_continues_to_the_weights_of_an_uninterrupted_one(
-    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "pretrain_quant")
+    whole_run, run = (
+        copy_stages(finished_run, tmp_path / name, "pretrain_fp32", "pretrain_quant") for name in ("whole", "run")
+    )
+    stages.run_search(make_command("search", whole_run, *options))
     epochs = []
 
     def interrupted(*args, **kwargs):
@@ -130,12 +137,13 @@ def test_interrupted_search_continues_to_the_weights_of_an_uninterrupted_one(
     with monkeypatch.context() as patch:
         patch.setattr(stages, "train_detector_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            stages.run_search(make_command("search", run))
+            stages.run_search(make_command("search", run, *options))
     assert load_checkpoint(run / "search" / "last.pt")["epoch"] == 1
-    stages.run_search(make_command("search", run))
-    whole, continued = (load_checkpoint(r / "search" / "last.pt") for r in (finished_run, run))
-    for name in ("detector", "policy"):
-        for key, value in whole["networks"][name].items():
+    stages.run_search(make_command("search", run, *options))
+    whole, continued = (load_checkpoint(r / "search" / "last.pt") for r in (whole_run, run))
+    assert set(whole["networks"]) == {"detector", "policy"} | ({"trained_detector"} if options else set())
+    for name, network in whole["networks"].items():
+        for key, value in network.items():
             assert torch.equal(continued["networks"][name][key], value), key
     assert whole["metrics"] == continued["metrics"]
 
@@ -258,7 +266,7 @@ def test_a_stage_does_not_go_on_after_its_source_has_changed(finished_run: Path,
         state["metrics"] = {"train/loss": 1.0}
         save_checkpoint(run / "pretrain_quant" / name, state)
     with pytest.raises(
-        InputError, match=r"search: was begun otherwise \(the checkpoint that it started from.*--restart"
+        InputError, match=r"search: was begun otherwise \(from other checkpoints than \S+/best\.pt\).*--restart"
     ):
         stages.run_search(make_command("search", run))
 
@@ -306,3 +314,190 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, make_comman
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be created"):
         stages.run_pretrain(make_command("pretrain", tmp_path / "file" / "run"))
+
+
+# --- Settings that help low bits --------------------------------------------------------------------------------------
+
+State = dict[str, torch.Tensor]
+
+
+def copied(network: torch.nn.Module) -> State:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+class Watch:
+    """What `stages` hands to its collaborators, recorded on the way.
+
+    trained: the trained detector before the first step and after each.
+    measured: the detector at each validation.
+    judging: the detector that judges the policy, at the beginning of each epoch.
+    epochs: what each epoch of the detector returned.
+    distill: the loss of the last epoch.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trained: list[State] = []
+        self.measured: list[State] = []
+        self.judging: list[State] = []
+        self.epochs: list[stages.DetectorEpoch] = []
+        self.distill: stages.Distill | None = None
+        train, evaluate, judge = stages.train_detector_epoch, stages.Experiment.evaluate, stages._judge
+
+        def watched_train(detector, *args, on_step, distill, **settings):
+            def after_step(*step) -> None:
+                self.trained.append(copied(detector))
+                on_step(*step)
+
+            if not self.trained:
+                self.trained.append(copied(detector))
+            self.distill = distill
+            self.epochs.append(train(detector, *args, on_step=after_step, distill=distill, **settings))
+            return self.epochs[-1]
+
+        def watched_evaluate(experiment, detector, *args):
+            self.measured.append(copied(detector))
+            return evaluate(experiment, detector, *args)
+
+        def watched_judge(experiment, detector, *args):
+            assert not detector.training
+            self.judging.append(copied(detector))
+            return judge(experiment, detector, *args)
+
+        monkeypatch.setattr(stages, "train_detector_epoch", watched_train)
+        monkeypatch.setattr(stages.Experiment, "evaluate", watched_evaluate)
+        monkeypatch.setattr(stages, "_judge", watched_judge)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+def assert_same(first: State, second: State) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_average_of_all_steps_is_judged_validated_saved_and_handed_on(
+    finished_run: Path, make_command, tmp_path: Path, watch: Watch
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_quant")
+    stages.run_search(make_command("search", run, "--search.ema_decay=0.75"))
+    assert len(watch.trained) == 5  # two epochs of two steps
+    averages = watch.trained[:1]
+    for state in watch.trained[1:]:
+        averages.append({name: 0.75 * averages[-1][name] + 0.25 * value for name, value in state.items()})
+    networks = load_checkpoint(run / "search" / "last.pt")["networks"]
+    assert_same(networks["detector"], averages[-1])
+    assert_same(networks["trained_detector"], watch.trained[-1])
+    assert not torch.equal(networks["detector"]["extras.0.down.weight"], watch.trained[-1]["extras.0.down.weight"])
+    assert len(watch.judging) == 2
+    assert_same(watch.judging[1], averages[2])
+    assert len(watch.measured) == 1
+    assert_same(watch.measured[0], averages[-1])
+
+    watch.trained.clear()
+    stages.run_finetune(make_command("finetune", run, "--search.ema_decay=0.75"))
+    assert_same(watch.trained[0], networks["detector"])
+
+
+def test_distillation_and_sandwich_in_quantized_pretraining(
+    finished_run: Path, make_command, tmp_path: Path, watch: Watch
+) -> None:
+    teacher = finished_run / "pretrain_fp32" / "last.pt"
+    options = ("--pretrain_quant.epochs=1", "--pretrain_quant.distill_weight=0.5", "--pretrain_quant.sandwich=true")
+    command = make_command("pretrain", tmp_path / "run", "--init", str(teacher), *options)
+    stages.run_pretrain(command)
+
+    choices = watch.epochs[0].choices
+    assert choices.shape == (8, 13)
+    for batch in choices.split(4):
+        assert batch[:3].tolist() == [[0] * 13, [0] * 13, [2] * 13]
+        assert len(batch[3].unique()) > 1
+    losses = json.loads((tmp_path / "run" / "pretrain_quant" / "metrics.jsonl").read_text())
+    parts = [losses[f"train/loss_{name}"] for name in ("box", "class", "distill")]
+    assert min(parts) > 0
+    assert losses["train/loss"] == pytest.approx(sum(parts), rel=1e-5)
+
+    experiment = stages.Experiment(command.config)
+    network = experiment.detector(stages.DetectorBits.full_precision()).eval()
+    network.load_state_dict(load_checkpoint(teacher)["networks"]["detector"])
+    images = experiment.picture_batch().images
+    with torch.no_grad():
+        wanted = network(images, torch.zeros(len(images), 13, dtype=torch.int64))
+    output = stages.SSDOutput(torch.zeros_like(wanted.box_offsets), torch.zeros_like(wanted.class_logits))
+    expected = 0.5 * stages.distillation_loss(output, wanted)
+    assert expected > 0
+    torch.testing.assert_close(watch.distill(images, output), expected)
+
+
+def test_distillation_without_a_full_precision_network_names_what_is_missing(
+    finished_run: Path, make_command, tmp_path: Path
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_quant", "search")
+    for stage, run_stage in (("search", stages.run_search), ("finetune", stages.run_finetune)):
+        with pytest.raises(InputError, match=rf"^{stage}\.distill_weight: .*/run/pretrain_fp32/last\.pt is missing$"):
+            run_stage(make_command(stage, run, f"--{stage}.distill_weight=1"))
+    assert not (run / "finetune").exists()
+
+
+def test_a_stage_does_not_go_on_after_its_teacher_has_changed(finished_run: Path, make_command, tmp_path: Path) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "search")
+    command = make_command("finetune", run, "--finetune.distill_weight=1")
+    stages.run_finetune(command)
+    stages.run_finetune(command)  # as it was: already complete
+    state = load_checkpoint(run / "pretrain_fp32" / "best.pt")
+    save_checkpoint(run / "pretrain_fp32" / "best.pt", state | {"metrics": {"train/loss": 1.0}})
+    with pytest.raises(
+        InputError, match=r"from other checkpoints than \S+/search/last\.pt, \S+/pretrain_fp32/best\.pt"
+    ):
+        stages.run_finetune(command)
+
+
+def assert_stem_has_the_statistics_of_the_train_split(state: State, config: Config) -> None:
+    """Those of the stem do not depend on how images come in batches."""
+    experiment = stages.Experiment(config)
+    detector = experiment.quantized_detector().eval()
+    detector.load_state_dict(state)
+    inputs = []
+
+    def record(norm: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(args[0] * args[1].view(1, -1, 1, 1))
+
+    detector.backbone.stem.norm.register_forward_pre_hook(record)
+    with torch.no_grad():
+        for batch in experiment.eval_loader("train", config.data.roots):
+            detector(batch.images, torch.zeros(len(batch.images), 13, dtype=torch.int64))
+    together = torch.cat(inputs)
+    assert len(together) == 8
+    torch.testing.assert_close(state["backbone.stem.norm.running_mean"][0], together.mean((0, 2, 3)))
+    torch.testing.assert_close(state["backbone.stem.norm.running_var"][0], together.var((0, 2, 3)))
+
+
+def test_batch_norm_ends_with_the_statistics_of_plain_training_images(
+    finished_run: Path, make_command, tmp_path: Path, watch: Watch
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "search")
+    command = make_command("finetune", run, "--finetune.batch_norm_batches=5")  # there are two
+    stages.run_finetune(command)
+    state = load_checkpoint(run / "finetune" / "last.pt")["networks"]["detector"]
+    usual = load_checkpoint(finished_run / "finetune" / "last.pt")["networks"]["detector"]
+    changed = {name for name, value in state.items() if not torch.equal(value, usual[name])}
+    assert changed
+    assert all("running" in name for name in changed)
+    assert_same(watch.measured[0], state)
+    assert_stem_has_the_statistics_of_the_train_split(state, command.config)
+
+
+def test_the_average_gets_the_last_statistics_of_batch_norm(
+    finished_run: Path, make_command, tmp_path: Path, watch: Watch
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "search")
+    options = ("--finetune.ema_decay=0.75", "--finetune.batch_norm_batches=2")
+    command = make_command("finetune", run, *options)
+    stages.run_finetune(command)
+    networks = load_checkpoint(run / "finetune" / "last.pt")["networks"]
+    assert_same(networks["trained_detector"], watch.trained[-1])
+    assert_same(watch.measured[0], networks["detector"])
+    assert_stem_has_the_statistics_of_the_train_split(networks["detector"], command.config)

@@ -1,0 +1,231 @@
+"""A file for deployment: integer weights bit-packed at their own bit-widths, and all that running them needs.
+
+Weights of every choice are integers of their bit-width, packed without gaps and then deflated; nested weights are
+stored once, at the widest bit-width. Beside them stand the rescale of every layer and choice (folded BatchNorm), the
+grids of the inputs, the default boxes, the class names and the policy, so that neither config nor training checkpoint
+is needed. The file is a zip container of `torch.save`, written and checked as training checkpoints are.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from instaqnas.checkpoint import load_checkpoint, save_checkpoint
+from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
+from instaqnas.errors import InputError
+from instaqnas.policy.network import PolicyNet, policy_gbitops
+from instaqnas.quant.bitops import CostTable
+from instaqnas.quant.integer import InputGrid, IntegerConv2d, integer_conv, replace_convolutions
+from instaqnas.quant.quantizers import DoReFaWeights, NestedWeights
+from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
+
+STAGE = "packed"
+VERSION = 1
+TABLES = ("step", "lowest", "highest", "scale", "shift")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Arguments of `SwitchableSSD` and `PolicyNet` from which their layers are built again."""
+
+    bits: DetectorBits
+    image_size: int
+    width: float
+    extras_batch_norm: bool
+    policy_pool: int
+    policy_width: int
+    policy_bits: BitChoice
+
+    def detector(self, classes: int) -> SwitchableSSD:
+        """The detector, its weights not meant to be used; `classes` with background."""
+        return SwitchableSSD(
+            classes,
+            self.bits,
+            image_size=self.image_size,
+            width=self.width,
+            extras_batch_norm=self.extras_batch_norm,
+        )
+
+    def policy(self, positions: int) -> PolicyNet:
+        """The policy, likewise."""
+        return PolicyNet(
+            positions, len(self.bits.choices), pool=self.policy_pool, width=self.policy_width, bits=self.policy_bits
+        )
+
+    @staticmethod
+    def from_plain(plain: dict[str, Any]) -> Architecture:
+        """The inverse of `dataclasses.asdict`."""
+        bits = dict(plain["bits"])
+        for group in ("stem", "depthwise", "extras", "heads"):
+            bits[group] = tuple(bits[group])
+        bits["choices"] = [tuple(choice) for choice in bits["choices"]]
+        return Architecture(**{**plain, "bits": DetectorBits(**bits), "policy_bits": tuple(plain["policy_bits"])})
+
+
+@dataclass(frozen=True)
+class IntegerModel:
+    """A detector and its policy, both on integers, in evaluation.
+
+    `class_names` are without background, `costs` of the detector, `policy_gbitops` of one decision.
+    """
+
+    detector: SwitchableSSD
+    policy: PolicyNet
+    class_names: tuple[str, ...]
+    costs: CostTable
+    policy_gbitops: float
+
+
+# --- Bits -------------------------------------------------------------------------------------------------------------
+
+
+def pack_bits(values: np.ndarray, bits: int) -> bytes:
+    """Integers 0 to 2^bits - 1, uint8 [n], `bits` up to 8, as a stream without gaps, lowest bit first."""
+    planes = np.unpackbits(values[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(planes, bitorder="little").tobytes()
+
+
+def unpack_bits(stream: bytes, bits: int, count: int) -> np.ndarray:
+    """The inverse of `pack_bits`: uint8 [count].
+
+    Raises: ValueError if the stream is of another length.
+    """
+    if len(stream) != (count * bits + 7) // 8:
+        raise ValueError(f"{len(stream)} bytes for {count} values of {bits} bits")
+    planes = np.unpackbits(np.frombuffer(stream, np.uint8), count=count * bits, bitorder="little")
+    return np.packbits(planes.reshape(count, bits), axis=1, bitorder="little")[:, 0]
+
+
+# --- Layers -----------------------------------------------------------------------------------------------------------
+
+
+def _packed_layer(layer: SwitchableConv2d, name: str) -> dict[str, Any]:
+    integer = integer_conv(layer, name)
+    is_odd = isinstance(layer.weight_quantizer, NestedWeights | DoReFaWeights)  # levels 2q + 1
+    values = (integer.weight.int() - 1) >> 1 if is_odd else integer.weight.int()
+    widths = [weight_bits for weight_bits, _ in layer.choices]
+    is_nested = isinstance(layer.weight_quantizer, NestedWeights)
+    if is_nested:
+        widest = widths.index(max(widths))
+        assert all(torch.equal(values[k], values[widest] >> (widths[widest] - bits)) for k, bits in enumerate(widths))
+        values, widths = values[widest : widest + 1], widths[widest : widest + 1]
+    streams = [
+        zlib.compress(pack_bits((value + 2 ** (bits - 1)).to(torch.uint8).flatten().numpy(), bits), 9)
+        for value, bits in zip(values, widths, strict=True)
+    ]
+    return {
+        "odd": is_odd,
+        "nested": is_nested,
+        "streams": [torch.frombuffer(bytearray(stream), dtype=torch.uint8) for stream in streams],
+        **{table: getattr(integer, table) for table in TABLES},
+    }
+
+
+def _unpacked_layer(layer: SwitchableConv2d, packed: dict[str, Any]) -> IntegerConv2d:
+    """The integer form of `layer`, which gives shapes and bits, with the values of `packed`."""
+    choices, shape = len(layer.choices), layer.weight.shape[-4:]
+    widths = [weight_bits for weight_bits, _ in layer.choices]
+    stored = [max(widths)] if packed["nested"] else widths
+    values = []
+    for stream, bits in zip(packed["streams"], stored, strict=True):
+        size = (shape.numel() * bits + 7) // 8
+        inflated = zlib.decompressobj().decompress(stream.numpy().tobytes(), size + 1)
+        unsigned = torch.from_numpy(unpack_bits(inflated, bits, shape.numel()).astype(np.int16))
+        values.append(unsigned.view(shape) - 2 ** (bits - 1))
+    if packed["nested"]:
+        values = [values[0] >> (stored[0] - bits) for bits in widths]
+    levels = torch.stack(values)
+    tables = {table: packed[table] for table in TABLES}
+    for name, table in tables.items():
+        wanted = (choices, shape[0]) if name in ("scale", "shift") else (choices,)
+        if table.shape != wanted or table.dtype != torch.float32 or not torch.isfinite(table).all():
+            raise ValueError(f"{name}: expected finite float32 {list(wanted)}")
+    return IntegerConv2d(
+        layer.choices,
+        2 * levels + 1 if packed["odd"] else levels,
+        InputGrid(tables["step"], tables["lowest"], tables["highest"]),
+        tables["scale"],
+        tables["shift"],
+        stride=layer.stride,
+        groups=layer.groups,
+    )
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def save_packed(
+    path: Path, detector: SwitchableSSD, policy: PolicyNet, architecture: Architecture, class_names: Sequence[str]
+) -> None:
+    """Writes the deployment file of a trained detector and policy that `architecture` describes.
+
+    Raises: InputError if a layer has no integer form (`integer_conv`); TrainingError if the file cannot be written.
+    """
+    networks = {"detector": detector, "policy": policy}
+    save_checkpoint(
+        path,
+        {
+            "stage": STAGE,
+            "version": VERSION,
+            "architecture": _listed(asdict(architecture)),
+            "classes": list(class_names),
+            "default_boxes_cxcywh": detector.default_boxes_cxcywh.cpu(),
+            "networks": {
+                kind: {name: _packed_layer(layer, name) for name, layer in _convolutions(network.cpu())}
+                for kind, network in networks.items()
+            },
+        },
+    )
+
+
+def load_packed(path: Path) -> IntegerModel:
+    """The integer-exact detector and policy of a file of `save_packed`.
+
+    Raises: InputError if the file is missing, damaged, or not of this format.
+    """
+    state = load_checkpoint(path)
+    if state["stage"] != STAGE or state.get("version") != VERSION:
+        raise InputError(f"{path}: not a packed file of version {VERSION}; instaqnas.tools.pack writes them")
+    where = "architecture"
+    try:
+        architecture = Architecture.from_plain(state["architecture"])
+        class_names = tuple(map(str, state["classes"]))
+        with torch.device("meta"):
+            detector = architecture.detector(len(class_names) + 1)
+            policy = architecture.policy(len(detector.positions))
+        costs, policy_cost = detector_costs(detector), policy_gbitops(policy, detector.image_size)
+        for kind, network in (("detector", detector), ("policy", policy)):
+            packed, layers = dict(state["networks"][kind]), {}
+            for name, layer in _convolutions(network):
+                where = f"{kind}.{name}"
+                layers[name] = _unpacked_layer(layer, packed.pop(name))
+            if packed:
+                raise ValueError(f"unknown layers {', '.join(packed)}")
+            replace_convolutions(network, layers)
+        where = "default_boxes_cxcywh"
+        boxes = state["default_boxes_cxcywh"]
+        if boxes.shape != detector.default_boxes_cxcywh.shape or boxes.dtype != torch.float32:
+            raise ValueError(f"expected float32 {list(detector.default_boxes_cxcywh.shape)}")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, zlib.error) as error:
+        raise InputError(f"{path}: {where}: not as this program packs it ({error})") from error
+    detector.default_boxes_cxcywh = boxes
+    return IntegerModel(detector.eval(), policy.eval(), class_names, costs, policy_cost)
+
+
+def _convolutions(network: nn.Module) -> list[tuple[str, SwitchableConv2d]]:
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, SwitchableConv2d)]
+
+
+def _listed(value: Any) -> Any:
+    """`value` with lists for tuples: what a checkpoint's reader returns is what was written."""
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value

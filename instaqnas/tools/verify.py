@@ -1,0 +1,166 @@
+"""Proves integer inference on images: `python -m instaqnas.tools.verify --config FILE --run runs/NAME`.
+
+Runs the test split through the fake-quantized networks and through their integer form, under the policy's bit
+configurations and under random ones, and counts what differs: the integers that enter each layer, the policy's choices
+and the detections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from instaqnas.config import parse_command
+from instaqnas.data.loader import DetectionLoader
+from instaqnas.detector.ssd import SwitchableSSD
+from instaqnas.errors import exit_on_input_error
+from instaqnas.policy.bit_config import ChooseBits, greedy_by
+from instaqnas.quant.integer import EXACT_IN_FLOAT32, IntegerConv2d, exact_weight_bits, to_integer
+from instaqnas.quant.switchable import SwitchableConv2d
+from instaqnas.training.evaluate import detect
+from instaqnas.training.experiment import POLICY_STAGES, Experiment, latest_policy_checkpoint, load_network
+
+
+@dataclass
+class Comparison:
+    """What was compared, and how much of it differs.
+
+    `levels` are integers that enter layers, `different_levels` counts by layer those that differ; `largest_sum` is the
+    largest integer sum of any layer, exact in float32 up to 2^24.
+    """
+
+    images: int = 0
+    levels: int = 0
+    different_levels: dict[str, int] = field(default_factory=dict)
+    detections: int = 0
+    images_with_different_detections: int = 0
+    images_with_different_choices: int = 0
+    largest_sum: int = 0
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether nothing differs."""
+        return not (
+            self.different_levels or self.images_with_different_detections or self.images_with_different_choices
+        )
+
+
+class Recorder:
+    """Keeps the integers that enter the layers of `quantized`, and compares those of its integer form with them."""
+
+    def __init__(self, quantized: nn.Module, integer: nn.Module, result: Comparison, prefix: str = "") -> None:
+        self.seen: dict[str, Tensor] = {}
+        self.result = result
+        for name, layer in quantized.named_modules():
+            if isinstance(layer, SwitchableConv2d):
+                layer.input_quantizer.register_forward_hook(self._keep(prefix + name))
+        for name, layer in integer.named_modules():
+            if isinstance(layer, IntegerConv2d):
+                layer.register_forward_hook(self._compare(prefix + name))
+
+    def _keep(self, name: str) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor]) -> None:
+            self.seen[name] = output[0].to(torch.int16)  # whole numbers
+
+        return hook
+
+    def _compare(self, name: str) -> Callable:
+        def hook(layer: IntegerConv2d, args: tuple, output: tuple) -> None:
+            x, choice = args if len(args) == 2 else (args[0], None)
+            choice = choice if choice is not None else torch.zeros(len(output[0]), dtype=torch.int64)
+            levels = layer.levels(x, choice).permute(0, 3, 1, 2) - layer.offset[choice].view(-1, 1, 1, 1).to(
+                torch.int16
+            )
+            expected = self.seen.pop(name)
+            different = int((levels != expected).sum())
+            self.result.levels += expected.numel()
+            if different:
+                self.result.different_levels[name] = self.result.different_levels.get(name, 0) + different
+            self.result.largest_sum = max(self.result.largest_sum, int(output[0].abs().max()))
+
+        return hook
+
+
+@torch.no_grad()
+def compare(
+    experiment: Experiment,
+    detector: SwitchableSSD,
+    loader: DetectionLoader,
+    choose: tuple[ChooseBits, ChooseBits],
+    integer: SwitchableSSD,
+    result: Comparison,
+) -> None:
+    """Adds all images of `loader` to `result`; `choose` gives their bits by float and by integer networks."""
+    for batch in tqdm(loader, leave=False):
+        choices, same = (ways(batch.images) for ways in choose)
+        result.images += len(batch.images)
+        result.images_with_different_choices += int((choices != same).any(1).sum())
+        left = detect(detector, batch.images, choices, experiment.config.eval)
+        right = detect(integer, batch.images, choices, experiment.config.eval)
+        result.detections += int((left.labels > 0).sum())
+        for image in range(len(batch.images)):
+            found = [
+                (side.boxes_xyxy[image][keep], side.scores[image][keep], side.labels[image][keep])
+                for side in (left, right)
+                for keep in (side.labels[image] > 0,)
+            ]
+            equal = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            result.images_with_different_detections += not equal
+
+
+def verify(experiment: Experiment, checkpoint: str, random_configurations: int) -> dict[str, Comparison]:
+    """Comparisons under the policy's configurations and under random ones, each image at that many."""
+    detector, policy = experiment.quantized_detector().eval(), experiment.policy().eval()
+    load_network(experiment, detector, "detector", checkpoint, stages=POLICY_STAGES)
+    load_network(experiment, policy, "policy", checkpoint, stages=POLICY_STAGES)
+    integer, integer_policy = to_integer(detector), to_integer(policy)
+    results = {"policy": Comparison(), "random": Comparison()}
+    loader = experiment.test_loader()
+    recorders = [
+        Recorder(detector, integer, results["policy"]),
+        Recorder(policy, integer_policy, results["policy"], "policy."),
+    ]
+    compare(experiment, detector, loader, (greedy_by(policy), greedy_by(integer_policy)), integer, results["policy"])
+    for recorder in recorders:
+        recorder.result = results["random"]
+    for index in range(random_configurations):
+        choose = (experiment.choose_random("verify", index), experiment.choose_random("verify", index))
+        compare(experiment, detector, loader, choose, integer, results["random"])
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the figures as JSON; exit status 1 if anything differs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m instaqnas.tools.verify",
+        description="Compare integer inference with the fake-quantized networks on the test split.",
+        epilog="Settings can be overridden, such as --data.workers 0.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("--run", metavar="FOLDER", help="folder of the run (default: runs/<name of FILE>)")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="take this checkpoint instead of the run's latest stage")
+    parser.add_argument("--random", type=int, default=20, metavar="N", help="random configurations an image (20)")
+    options, overrides = parser.parse_known_args(arguments)
+    named = [word for name in ("run", "init") if (value := getattr(options, name)) for word in (f"--{name}", value)]
+    with exit_on_input_error():
+        command = parse_command("eval", ["--config", options.config, *named, *overrides, "--device", "cpu"])
+        checkpoint = command.init or latest_policy_checkpoint(command)
+        results = verify(Experiment(command.config), checkpoint, options.random)
+    figures = {name: asdict(result) for name, result in results.items()}
+    print(
+        json.dumps({**figures, "exact_up_to": EXACT_IN_FLOAT32, "weight_bits_of_int_mm": exact_weight_bits()}, indent=1)
+    )
+    if not all(result.is_equal for result in results.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
