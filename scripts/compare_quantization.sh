@@ -18,7 +18,7 @@ full=$out/shared/pretrain_fp32
 compare() {
   local name=$1 ways=$2 way
   shift 2
-  local words=(--config "$config" --run "$out/$name" "$@" ${overrides[@]+"${overrides[@]}"})
+  local words=(--config "$config" --run "$out/$name" --pretrain_quant.distill_weight 0 "$@" ${overrides[@]+"${overrides[@]}"})
   if [[ $name == shared ]]; then
     .venv/bin/python pretrain.py "${words[@]}"
   else

@@ -120,17 +120,22 @@ def _position(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (y.to(scale.dtype) * scale[:, :, None]).add_(shift[:, :, None])
 
 
+def _clipped(position: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """Like `clamp`, which is several times slower with bounds that are tensors."""
+    clipped = torch.maximum(position, lowest[:, None, None])
+    return torch.minimum(clipped, highest[:, None, None], out=clipped)
+
+
 def _clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    levels = _position(y, scale, shift).round_().clamp_(lowest[:, None, None], highest[:, None, None])
-    return levels.to(y.dtype)
+    return _clipped(_position(y, scale, shift).round_(), lowest, highest).to(y.dtype)
 
 
 def _clip_round_backward(
     grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     position = _position(y, scale, shift)
-    inside = (position >= lowest[:, None, None]) & (position <= highest[:, None, None])
-    passed = torch.where(inside, grad.to(scale.dtype), 0.0)
+    inside = _clipped(position, lowest, highest).eq_(position)  # 0 or 1
+    passed = inside.mul_(grad)
     return (passed * scale[:, :, None]).to(y.dtype), (passed * y).sum(2), passed.sum(2)
 
 
@@ -167,7 +172,7 @@ def _integer_levels_16(
 
 def _integer_levels(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, offset: Tensor) -> Tensor:
     position = (y.to(scale.dtype) * scale[:, None]).add_(shift[:, None])
-    return position.round_().clamp_(lowest[:, None, None], highest[:, None, None]).add_(offset[:, None, None])
+    return _clipped(position.round_(), lowest, highest).add_(offset[:, None, None])
 
 
 def _integer_depthwise_1(levels: Tensor, taps: Tensor) -> Tensor:
