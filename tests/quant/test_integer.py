@@ -1,7 +1,8 @@
-"""Integer inference equals fake quantization to the last bit, and its sums an int64 convolution of the same integers."""
+"""Integer inference equals fake quantization to the last bit; its sums equal an int64 convolution."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from instaqnas.quant.quantizers import Affine, Quantizer
 from instaqnas.quant.switchable import BitChoice, PerChoiceBatchNorm, SwitchableConv2d, calibrate
 
 ENGINES = (0, 7, 8)  # bit-widths of weights for `torch._int_mm`; 0 is the 32-bit product
-CHOICES = {"K=1": [(5, 6)], "K=1 at 8 bits": [(8, 8)], "K=5": [(2, 2), (8, 3), (3, 8), (8, 8), (6, 5)]}
+CHOICES = {"K=1": [(8, 8)], "K=5": [(2, 2), (8, 3), (3, 8), (8, 8), (6, 5)]}
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,12 @@ def int64_convolution(levels: Tensor, weight: Tensor, stride: int, groups: int) 
     return total
 
 
+exact_bits_here = functools.cache(integer._exact_bits)
+
+
 def use_engine(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
     """Has matrices multiplied as on a machine whose `torch._int_mm` is exact for weights of `bits` bits."""
-    if integer._exact_bits() < bits:
+    if exact_bits_here() < bits:
         pytest.skip(f"torch._int_mm is not exact for {bits} bits on this machine")
     monkeypatch.setattr(integer, "exact_weight_bits", lambda: bits)
 
@@ -130,7 +134,9 @@ def use_engine(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
 
 
 @torch.no_grad()
-def assert_equals_fake_quantization(layer: SwitchableConv2d, whole: IntegerConv2d, x: Tensor, picked: list[int]) -> None:
+def assert_equals_fake_quantization(
+    layer: SwitchableConv2d, whole: IntegerConv2d, x: Tensor, picked: list[int]
+) -> None:
     choice = torch.tensor(picked)
     known = choice if len(layer.choices) > 1 else None
     levels, _ = layer.input_quantizer(x, known)
@@ -190,6 +196,23 @@ def test_an_affine_input_with_one_factor_for_all_is_absorbed_too() -> None:
     choice = torch.tensor([3, 0, 3])
     with torch.no_grad():
         assert torch.equal(integer_conv(layer, "layer")(x, choice).value(), layer(x, choice).value())
+
+
+@torch.no_grad()
+def test_positions_in_the_middle_between_two_levels_go_to_the_even_one() -> None:
+    """Where scale or shift are half a step; times the reciprocal of a step size they would not always be."""
+    layer = build(Case(2, 1, 1), [(8, 8)] * 100)
+    step = layer.input_quantizer.grid(1).step  # [K, 1]
+    assert (step * step.reciprocal() != 1).any()
+    y = torch.arange(-7, 250, 2).expand(100, 2, -1)[..., None]
+    x = Affine(y.int(), torch.cat([step / 2, step / 2], 1), torch.cat([0 * step, 4 * step], 1))
+    expected = [[max(0, round(value / 2 + shift)) for value in range(-7, 250, 2)] for shift in (0, 4)]
+    choice = torch.arange(100)
+    for levels in (
+        layer.input_quantizer(x, choice)[0],
+        integer_conv(layer, "layer").levels(x, choice).permute(0, 3, 1, 2) + 128.0,
+    ):
+        assert torch.equal(levels[..., 0], torch.tensor(expected).float().expand(100, -1, -1))
 
 
 def unit_layer(case: Case, weight: float, zero_point: float = 0.0) -> IntegerConv2d:
@@ -255,7 +278,10 @@ def test_an_image_does_not_depend_on_the_rest_of_its_batch(case: Case) -> None:
 MATRICES = {
     "2 bits": (-2, 1),
     "7 bits": (-64, 63),
-    "just over 7 bits": (-65, 63),
+    "one above 7 bits": (-64, 64),
+    "one below 7 bits": (-65, 63),
+    "one above 8 bits": (-128, 128),
+    "one below 8 bits": (-129, 127),
     "8 bits": (-128, 127),
     "odd levels of 8 bits": (-255, 255),
     "only the highest": (255, 255),
@@ -282,9 +308,11 @@ def test_products_are_exact(ends: tuple[int, int], bits: int, monkeypatch: pytes
 
 def saturating_int_mm(a: Tensor, b: Tensor) -> Tensor:
     """As AVX-512 without 8-bit dot products: a is made unsigned, and products are added in pairs in 16 bits."""
-    unsigned, b = F.pad(a.int() + 128, [0, a.shape[1] % 2]), F.pad(b.int(), [0, 0, 0, a.shape[1] % 2])
-    pairs = unsigned[:, ::2, None] * b[::2] + unsigned[:, 1::2, None] * b[1::2]
-    return pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.sum(0)
+    unsigned, b = a.int() + 128, b.int()
+    total = -128 * b.sum(0).expand(len(a), -1)
+    for i in range(0, len(b), 2):
+        total = total + (unsigned[:, i : i + 2] @ b[i : i + 2]).clamp(-(2**15), 2**15 - 1)
+    return total
 
 
 def wrong_int_mm(a: Tensor, b: Tensor) -> Tensor:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
 from instaqnas.quant.fused import clip_round
-from instaqnas.quant.quantizers import LsqPlusActivations, LsqWeights, Quantizer, level_range
+from instaqnas.quant.quantizers import (
+    LsqPlusActivations,
+    LsqWeights,
+    NestedWeights,
+    Quantizer,
+    level_range,
+    weight_quantizer,
+)
 
 BITS = tuple(range(2, 9))
 HAND_RANGES = {  # bits: (signed), (unsigned)
@@ -331,6 +340,174 @@ def test_a_choice_that_no_image_takes_gets_no_gradient() -> None:
     assert quantizer.log_step.grad[1] == 0
     assert quantizer.zero_point.grad[1] == 0
     assert (quantizer.log_step.grad[[0, 2]] != 0).all()
+
+
+# --- Nested weights ---------------------------------------------------------------------------------------------------
+
+PAIRS = list(itertools.combinations(BITS, 2))
+
+
+def nested(bits: tuple[int, ...], step: float | list[float]) -> NestedWeights:
+    """With `step` of the widest integers, one or one per channel."""
+    steps = step if isinstance(step, list) else [step]
+    return with_steps(NestedWeights(bits, len(steps)), steps)
+
+
+def near_multiples(step: float, last: int) -> Tensor:
+    """All multiples of `step` up to `last`, and their neighbours among the normal float32 numbers, [n, 1, 1, 1]."""
+    multiples = torch.arange(-last, last + 1).float() * step
+    tiny = torch.finfo(torch.float32).tiny
+    above, below = (multiples.nextafter(torch.tensor(end)) for end in (math.inf, -math.inf))
+    above[last], below[last] = tiny, -tiny
+    return torch.cat([multiples, above, below]).view(-1, 1, 1, 1)
+
+
+def integers_of(levels: Tensor) -> Tensor:
+    """q of levels 2q + 1."""
+    assert (levels.remainder(2) == 1).all()
+    return (levels.long() - 1) // 2
+
+
+def naive_nested_integer(weight: float, step: float, bits: int, widest: int) -> int:
+    """Top bits of floor(w / s) clipped to the widest grid, in exact arithmetic."""
+    lowest, highest = hand_range(widest, True)
+    return min(max(math.floor(Fraction(weight) / Fraction(step)), lowest), highest) >> (widest - bits)
+
+
+@pytest.mark.parametrize(("narrow", "wide"), PAIRS)
+def test_integers_of_fewer_bits_are_the_top_bits_of_more(narrow: int, wide: int) -> None:
+    g = torch.Generator().manual_seed(narrow + 10 * wide)
+    for step in (0.0371, 0.25, 1 / 3, 1e-7):
+        on_edges = near_multiples(step, 2**wide)
+        between = torch.randn(2000, 1, 1, 1, generator=g) * step * 2 ** (wide - 1)
+        few, many = integers_of(nested((narrow, wide), step)(torch.cat([on_edges, between]))[0])
+        assert torch.equal(few, many >> (wide - narrow))
+        assert (few.min(), few.max()) == hand_range(narrow, True)
+        assert (many.min(), many.max()) == hand_range(wide, True)
+
+
+@pytest.mark.parametrize("bits", [BITS, (8, 2, 5), (3, 4)])
+def test_nested_integers_equal_exact_arithmetic(bits: tuple[int, ...]) -> None:
+    g, widest = torch.Generator().manual_seed(0), max(bits)
+    step = 2.0**-5  # then division by it is exact, and so are the multiples
+    weight = torch.randn(300, 1, 1, 1, generator=g) * step * 2 ** (widest - 1)
+    weight = torch.cat([weight, near_multiples(step, 20), torch.zeros(1, 1, 1, 1)])
+    quantizer = nested(bits, 1.0)
+    with torch.no_grad():
+        quantizer.log_step.fill_(math.log(step))
+        assert quantizer.grid(1).step[bits.index(widest)] == step / 2  # its exponential is exact
+    levels, _ = quantizer(weight)
+    for k, own in enumerate(bits):
+        expected = [naive_nested_integer(value, step, own, widest) for value in weight.flatten().tolist()]
+        assert integers_of(levels[k]).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [BITS, (4, 2, 32, 8)])
+def test_nested_levels_stand_for_the_middle_of_what_falls_to_them(bits: tuple[int, ...]) -> None:
+    step, widest = 0.0371, 8
+    weight = (torch.linspace(-1.3, 1.3, 3001) * step * 2 ** (widest - 1)).view(-1, 1, 1, 1)
+    levels, steps = nested(bits, step)(weight)
+    for k, own in enumerate(bits):
+        if own == 32:
+            assert torch.equal(levels[k], weight)
+            assert steps[k] == 1
+            continue
+        width = step * 2 ** (widest - own)  # of what falls to one level
+        assert steps[k].item() == pytest.approx(width / 2, rel=1e-6)
+        assert (levels[k].flatten().diff() >= 0).all()
+        assert len(levels[k].unique()) == 2**own
+        assert levels[k].unique().tolist() == list(range(1 - 2**own, 2**own, 2))
+        inside = weight.abs() < width * 2 ** (own - 1)
+        assert ((levels[k] * steps[k] - weight).abs()[inside] <= width / 2 * 1.0001).all()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("bits", [(2, 4, 8), (5, 3)])
+def test_gradients_of_nested_weights_equal_those_of_a_naive_composition(bits: tuple[int, ...], channels: int) -> None:
+    g, widest = torch.Generator().manual_seed(3), max(bits)
+    weight = torch.randn(4, 3, 2, 2, generator=g, dtype=torch.float64)
+    upstream = torch.randn(len(bits), *weight.shape, generator=g, dtype=torch.float64)
+    steps = [(1.2 + 0.2 * channel) / 2 ** (widest - 1) for channel in range(channels)]
+
+    own, step = weight.clone().requires_grad_(), torch.tensor(steps, dtype=torch.float64, requires_grad=True)
+    total = 0
+    for k, b in enumerate(bits):
+        lowest, highest = 1 - 2**b, 2**b - 1
+        half = step.view(-1, 1, 1, 1) * 2 ** (widest - b) / 2
+        position = own / half
+        passed = torch.where(position < lowest, lowest, torch.where(position > highest, highest, position))
+        level = (2 * torch.floor(position.detach() / 2) + 1).clamp(lowest, highest)
+        outside = position.detach().abs() > highest
+        assert 0.02 < outside.double().mean() < 0.7  # both regions are exercised
+        total = total + ((passed + (level - passed).detach()) * half * upstream[k]).sum()
+    total.backward()
+
+    quantizer = nested(bits, steps).double()
+    with torch.no_grad():
+        quantizer.log_step.copy_(torch.tensor(steps, dtype=torch.float64).log())
+    ours = weight.clone().requires_grad_()
+    levels, table = quantizer(ours)
+    (levels * table.view(len(bits), -1, 1, 1, 1) * upstream).sum().backward()
+    torch.testing.assert_close(ours.grad, own.grad, rtol=1e-9, atol=1e-9)
+    # LSQ's factor of the widest grid; per step, since the logarithm descends
+    factor = 1 / math.sqrt(weight.numel() / channels * hand_range(widest, True)[1])
+    expected = step.grad * factor / torch.tensor(steps, dtype=torch.float64)
+    torch.testing.assert_close(quantizer.log_step.grad[0], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_nested_step_sizes_per_channel_equal_one_quantizer_for_each_channel() -> None:
+    g = torch.Generator().manual_seed(6)
+    weight = torch.randn(4, 3, 3, 3, generator=g) * torch.tensor([0.1, 1, 5, 20]).view(4, 1, 1, 1)
+    together = NestedWeights((2, 32, 4), channels=4)
+    together.initialize(weight)
+    levels, step = together(weight)
+    assert step.shape == (3, 4)
+    for channel in range(4):
+        alone = NestedWeights((2, 32, 4))
+        alone.initialize(weight[channel : channel + 1])
+        own_levels, own_step = alone(weight[channel : channel + 1])
+        assert torch.equal(own_levels[:, 0], levels[:, channel])
+        torch.testing.assert_close(own_step[:, 0], step[:, channel])
+
+
+def test_first_nested_step_sizes_suit_the_narrowest_grid() -> None:
+    x = torch.tensor([1.0, -1.0, 2.0, 0.0]).view(4, 1, 1, 1)  # mean|x| = 1
+    quantizer = NestedWeights([3, 8, 32, 5])
+    quantizer.initialize(x)
+    width = 2 / math.sqrt(3)  # of what falls to one level at 3 bits; levels are odd, in units of half of it
+    expected = [width / 2, width / 2 / 2**5, 1.0, width / 2 / 2**2]
+    assert quantizer.grid(4).step.squeeze(1).tolist() == pytest.approx(expected, rel=1e-6)
+    quantizer = NestedWeights([3, 8], channels=4)
+    quantizer.initialize(x)
+    assert quantizer.grid(4).step[0].tolist() == pytest.approx([width / 2, width / 2, width, 5e-9 * 2**5], rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_nested_step_sizes_stay_positive_and_nested(optimizer: type) -> None:
+    quantizer = nested((2, 4), [0.01, 2.0])
+    descent = optimizer(quantizer.parameters(), lr=1.0)
+    for _ in range(30):
+        descent.zero_grad()
+        (100 * quantizer.grid(9).step).sum().backward()  # plain descent: 0.01 - 100 after one step
+        descent.step()
+    steps = quantizer.grid(9).step
+    assert (steps > 0).all()
+    assert torch.equal(steps[0], 4 * steps[1])
+    assert (steps[1] < torch.tensor([0.01, 2.0]) / 2).all()
+
+
+def test_an_uncalibrated_nested_quantizer_gives_nan_and_not_numbers() -> None:
+    levels, step = NestedWeights([4, 8])(torch.rand(2, 3, 1, 1))
+    assert (levels * step.view(-1, 1, 1, 1, 1)).isnan().all()
+
+
+def test_nested_choices_without_quantization_have_no_parameters() -> None:
+    weight = torch.randn(4, 3, 1, 1)
+    quantizer = weight_quantizer("lsq", [32, 32], nested=True)
+    levels, step = quantizer(weight)
+    assert torch.equal(levels, torch.stack([weight, weight]))
+    assert step is None
+    assert not [*quantizer.parameters()]
 
 
 # --- 32 bits, calibration, positivity ---------------------------------------------------------------------------------

@@ -15,15 +15,15 @@ import yaml
 from PIL import Image, ImageOps
 
 from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import from_plain, to_plain
-from instaqnas.data.shapes import generate_shapes
+from instaqnas.config import from_plain
 from instaqnas.data.voc import read_image
 from instaqnas.detector.ssd import DetectorBits, detector_layers
-from instaqnas.quant.switchable import calibrate
+from instaqnas.policy.network import PolicyNet
+from instaqnas.tools import pack
+from instaqnas.tools import predict as predict_module
 from instaqnas.tools.predict import main
 from instaqnas.training.evaluate import detect
-from instaqnas.training.run_dir import RunDir
-from instaqnas.training.stages import DetectorTraining, Experiment
+from instaqnas.training.stages import Experiment
 
 CHOSEN = [1, 1, 0, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0]  # the policy's choice at each position, whatever the image
 CLASSES = {"disc", "ring", "triangle", "brick", "hexagon", "star", "cross", "crescent"}
@@ -33,32 +33,25 @@ Predict = Callable[..., list[dict]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(make_run: Callable[..., Path]) -> Path:
     """Holds `tiny.yaml` and `runs/tiny`, finetuned as far as the files tell."""
-    folder = tmp_path_factory.mktemp("predict")
-    generate_shapes(folder / "shapes", {"train": 2, "test": 1}, image_size=64)
-    settings = {
-        "data": {"roots": [str(folder / "shapes")], "workers": 0},
-        "detector": {"image_size": 64, "width": 0.25},
-        "bits": BITS,
-        "policy": {"pool": 4, "width": 4},
-        "device": "cpu",
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    config = from_plain(settings)
-    experiment = Experiment(config)
-    detector, policy = experiment.quantized_detector(), experiment.policy()
-    images = experiment.calibration_images()
-    calibrate(detector, lambda: detector(images, torch.zeros(len(images), 13, dtype=torch.int64)))
-    calibrate(policy, lambda: policy(images))
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def choose(policy: PolicyNet) -> None:
         policy.head.weight.zero_()
         policy.head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(CHOSEN), 2).flatten())
-    run_dir = RunDir(folder / "runs" / "tiny", "finetune", to_plain(config), experiment.class_names)
-    state = DetectorTraining.begin(experiment, run_dir, detector, config.finetune).state
-    state.networks["policy"], state.epoch = policy, config.finetune.epochs
-    run_dir.save(state.state_dict(), best=False)
-    return folder
+
+    settings = {"detector": {"image_size": 64, "width": 0.25}, "bits": BITS, "policy": {"pool": 4, "width": 4}}
+    return make_run(settings, arrange=choose)
+
+
+@pytest.fixture(scope="module")
+def packed(folder: Path) -> Path:
+    """The run as a packed file."""
+    path = folder / "packed.pt"
+    named = ["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny")]
+    pack.main([*named, "--out", str(path)])
+    return path
 
 
 @pytest.fixture
@@ -244,3 +237,48 @@ def test_searched_run_is_taken_where_finetuning_has_not_begun(folder: Path, tmp_
     (tmp_path / "run" / "search").symlink_to(folder / "runs" / "tiny" / "finetune")
     path = write_grey(tmp_path / "a.png", 40, 40)
     assert predict(path, "--run", tmp_path / "run") == predict(path)
+
+
+# --- Packed files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_packed_file_alone_predicts_what_the_run_predicts(
+    predict: Predict, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [write_photo(tmp_path / "a.jpg", 6), write_grey(tmp_path / "b.png", 640, 64)]
+    expected = predict(*images, "--score", "0.1", "--out", tmp_path / "run")
+    assert all(len(found["detections"]) > 1 for found in expected)
+    monkeypatch.setattr(predict_module, "Experiment", None)  # reads config, data and checkpoints
+    main(["--packed", str(packed), *map(str, images), "--score", "0.1", "--out", str(tmp_path / "packed")])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
+    for name in ("a_detections.png", "b_detections.png"):
+        assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def packed_refusal(capsys: pytest.CaptureFixture, *words: str | Path) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(map(str, words)))
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    "words", [["--run", "runs/tiny"], ["--init", "last.pt"], ["--device=cpu"], ["--detector.width=0.5"]]
+)
+def test_a_packed_file_takes_no_settings(packed: Path, capsys: pytest.CaptureFixture, words: list[str]) -> None:
+    message = packed_refusal(capsys, "--packed", packed, "a.png", *words)
+    assert message == f"error: {words[0]}: not together with --packed, which needs no config\n"
+
+
+def test_either_a_config_or_a_packed_file_is_needed(packed: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "one of the arguments --config --packed is required" in packed_refusal(capsys, "a.png")
+    both = packed_refusal(capsys, "a.png", "--packed", packed, "--config", "some.yaml")
+    assert "--config: not allowed with argument --packed" in both
+
+
+def test_a_training_checkpoint_is_no_packed_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    checkpoint = folder / "runs" / "tiny" / "finetune" / "last.pt"
+    message = packed_refusal(capsys, "--packed", checkpoint, write_grey(tmp_path / "a.png", 64, 64))
+    assert message.startswith(f"error: {checkpoint}: not a packed file of version 1; instaqnas.tools.pack writes them")

@@ -1,0 +1,52 @@
+"""Tiny runs: untrained networks at home with a few images, finetuned as far as their files tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from instaqnas.config import from_plain, to_plain
+from instaqnas.data.shapes import generate_shapes
+from instaqnas.policy.network import PolicyNet
+from instaqnas.quant.switchable import PerChoiceBatchNorm, calibrate
+from instaqnas.training.run_dir import RunDir
+from instaqnas.training.stages import DetectorTraining, Experiment
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """Makes a folder with `shapes`, `tiny.yaml` and `runs/tiny`.
+
+    Settings beside the data are those given; `arrange` may change the policy.
+    """
+
+    def make(settings: dict, *, test_images: int = 1, arrange: Callable[[PolicyNet], None] | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        generate_shapes(folder / "shapes", {"train": 6, "test": test_images}, image_size=64)
+        settings = {"data": {"roots": [str(folder / "shapes")], "workers": 0}, "device": "cpu", **settings}
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+        config = from_plain(settings)
+        experiment = Experiment(config)
+        detector, policy = experiment.quantized_detector(), experiment.policy()
+        images = next(iter(experiment.eval_loader("train", config.data.roots))).images
+        for module in (*detector.modules(), *policy.modules()):
+            if isinstance(module, PerChoiceBatchNorm):
+                module.momentum = 1.0  # statistics of these images
+        places = torch.arange(len(images))[:, None] + torch.arange(len(detector.positions))
+        calibrate(detector, lambda: detector(images, places % len(detector.choices)))
+        calibrate(policy, lambda: policy(images))
+        if arrange is not None:
+            arrange(policy)
+        run_dir = RunDir(folder / "runs" / "tiny", "finetune", to_plain(config), experiment.class_names)
+        state = DetectorTraining.begin(experiment, run_dir, detector, config.finetune).state
+        state.networks["policy"], state.epoch = policy, config.finetune.epochs
+        run_dir.save(state.state_dict(), best=False)
+        return folder
+
+    return make
