@@ -151,7 +151,7 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training split.
-        batch_size: images a step.
+        batch_size: images a step, those of all processes.
         optimizer: `sgd` has Nesterov momentum 0.9.
         lr: peak learning rate; it falls to 0 on a cosine, per step.
         warmup_epochs: epochs of linear rise to the peak.
@@ -160,6 +160,9 @@ class TrainConfig:
         clip_grad_norm: largest gradient norm; 0 does not clip.
         eval_every: epochs between evaluations on the val split (the last epoch is always evaluated).
         save_every: epochs between checkpoints (the last epoch is always saved).
+        save_minutes: minutes between checkpoints within an epoch; 0 has none there.
+        keep_checkpoints: how many checkpoints of the last epochs to keep beside the last and the best.
+        accumulate: equal parts of a batch, computed one after the other: less memory, BatchNorm for each part.
         ema_decay: validate and keep an average of the network that takes 1 - ema_decay of it at every step; 0 does not.
     """
 
@@ -173,7 +176,21 @@ class TrainConfig:
     clip_grad_norm: float = 5.0
     eval_every: int = 5
     save_every: int = 1
+    save_minutes: float = 10.0
+    keep_checkpoints: int = 0
+    accumulate: int = 1
     ema_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class PretrainFp32Config(TrainConfig):
+    """The training in full precision.
+
+    Args:
+        pretrained: file of another project's weights to start from, as instaqnas/detector/pretrained.py reads; or none.
+    """
+
+    pretrained: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,7 +223,7 @@ class SearchConfig(QuantTrainConfig):
 
     Args:
         policy_lr: learning rate of the policy (Adam, constant).
-        policy_batch_size: images a policy step.
+        policy_batch_size: images a policy step, those of all processes.
         epsilon_start: share of uniform exploration in the first epoch.
         epsilon_end: share of uniform exploration in the last epoch; between them it moves linearly.
         entropy_beta: weight of the entropy bonus.
@@ -285,7 +302,7 @@ class Config:
     bits: BitsConfig = field(default_factory=BitsConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    pretrain_fp32: TrainConfig = field(default_factory=TrainConfig)
+    pretrain_fp32: PretrainFp32Config = field(default_factory=PretrainFp32Config)
     pretrain_quant: PretrainQuantConfig = field(default_factory=PretrainQuantConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     finetune: QuantTrainConfig = field(default_factory=QuantTrainConfig)
@@ -320,13 +337,13 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("test_roots", all, "folders"),
     ("train_split test_split", len, "the name of a split"),
     (
-        "epochs batch_size policy_batch_size eval_every save_every pool candidates_per_class max_detections",
+        "epochs batch_size policy_batch_size accumulate eval_every save_every pool candidates_per_class max_detections",
         lambda v: v >= 1,
         "at least 1",
     ),
     (
         "threads warmup_epochs weight_decay step_size_lr_factor clip_grad_norm entropy_beta exponent "
-        "window_lower positive target_gbitops distill_weight batch_norm_batches",
+        "window_lower positive target_gbitops distill_weight batch_norm_batches save_minutes keep_checkpoints",
         lambda v: v >= 0,
         "at least 0",
     ),
@@ -359,9 +376,12 @@ def _check_ranges(config: Config) -> None:
 
 def _check_combinations(config: Config) -> None:
     for section in ("pretrain_fp32", "pretrain_quant", "search", "finetune"):
-        warmup, epochs = getattr(config, section).warmup_epochs, getattr(config, section).epochs
+        settings: TrainConfig = getattr(config, section)
+        warmup, epochs, parts, batch = settings.warmup_epochs, settings.epochs, settings.accumulate, settings.batch_size
         if warmup > epochs:
             raise _unexpected(f"{section}.warmup_epochs", f"at most {section}.epochs = {epochs}", warmup)
+        if batch % parts:
+            raise _unexpected(f"{section}.accumulate", f"a divisor of {section}.batch_size = {batch}", parts)
     pool, image_size = config.policy.pool, config.detector.image_size
     if pool > image_size:
         raise _unexpected("policy.pool", f"at most detector.image_size = {image_size}", pool)

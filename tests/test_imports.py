@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "instaqnas"
-COMMON = {"checkpoint", "errors", "pixels", "seeds"}
+COMMON = {"checkpoint", "errors", "pixels", "ranks", "seeds"}
 ALLOWED = {
     "errors": set(),
     "checkpoint": {"errors"},
     "pixels": set(),
+    "ranks": set(),
     "seeds": set(),
     "config": {"errors"},
     "data": {"data", *COMMON},

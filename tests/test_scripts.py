@@ -41,8 +41,10 @@ def project(tmp_path: Path) -> Path:
     return root
 
 
-def run(project: Path, script: str, *words: str, python: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": python or str(project / "fake-python")}
+def run(
+    project: Path, script: str, *words: str, python: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": python or str(project / "fake-python"), **environment}
     command = [str(project / "scripts" / script), *words]
     return subprocess.run(command, cwd=project.parent, env=environment, capture_output=True, text=True, check=False)
 
@@ -139,6 +141,15 @@ def test_stage_script_hands_its_words_on(project: Path, stage: str) -> None:
     calls(project)
     run(project, f"{stage}.sh", "--config", "a b.yaml", "--seed", "1").check_returncode()
     assert calls(project) == [f"{stage}.py --config a b.yaml --seed 1"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_script_runs_as_many_processes_as_it_is_told(project: Path, stage: str) -> None:
+    run(project, "setup.sh")
+    calls(project)
+    run(project, f"{stage}.sh", "--config", "x.yaml", NPROC="2").check_returncode()
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    assert calls(project) == [f"{torchrun} {stage}.py --config x.yaml"]
 
 
 def test_quickstart_runs_the_stages_in_order(project: Path) -> None:

@@ -21,9 +21,7 @@ from torchvision import tv_tensors
 from instaqnas.data.transforms import Sample, SampleTransform
 from instaqnas.data.voc import Annotation, read_image
 from instaqnas.errors import InputError, TrainingError
-from instaqnas.seeds import derived_seed
-
-SampleKey = tuple[int, int]  # (epoch, index)
+from instaqnas.seeds import SampleKey, derived_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +34,7 @@ class Batch:
         labels: int64 [B, N], 0 = padding.
         difficult: bool [B, N].
         image_ids: B ids.
+        keys: where in the epoch each image stands; random bit configurations come from them.
     """
 
     images: Tensor
@@ -43,6 +42,7 @@ class Batch:
     labels: Tensor
     difficult: Tensor
     image_ids: list[str]
+    keys: list[SampleKey]
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; copies from pinned memory run in the background."""
@@ -52,13 +52,19 @@ class Batch:
         """The batch in page-locked memory; the DataLoader calls this."""
         return self._map(Tensor.pin_memory)
 
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in so many equal parts."""
+        size = len(self.image_ids) // parts
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [Batch(*(v[start : start + size] for v in values)) for start in range(0, len(self.image_ids), size)]
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = [getattr(self, field.name) for field in fields(self)]
         return Batch(*(function(v) if isinstance(v, Tensor) else v for v in values))
 
 
 class DetectionDataset(Dataset):
-    """Samples of annotated images, addressed by (epoch, index).
+    """Samples of annotated images, addressed by `SampleKey`.
 
     Args:
         annotations: from `read_split`.
@@ -84,20 +90,19 @@ class DetectionDataset(Dataset):
         return len(self.annotations)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """The transformed sample, with `image_id`.
+        """The transformed sample, with `image_id` and `key`.
 
         Raises:
             InputError: the image cannot be read, or its size is not the annotation's.
         """
-        epoch, index = key
-        annotation = self.annotations[index]
-        pixels = _read_pixels(annotation) if self.images is None else self.images[index]
+        annotation = self.annotations[key.index]
+        pixels = _read_pixels(annotation) if self.images is None else self.images[key.index]
         sample = _sample(annotation, pixels)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also reset CUDA's generator, which is not restored here.
-            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(derived_seed(self.seed, key.epoch, key.index))
             sample = self.transform(sample)
-        return {**sample, "image_id": annotation.image_id}
+        return {**sample, "image_id": annotation.image_id, "key": key}
 
 
 def load_images(annotations: Sequence[Annotation], side: int) -> list[np.ndarray]:
@@ -113,7 +118,7 @@ def load_images(annotations: Sequence[Annotation], side: int) -> list[np.ndarray
 
 
 class EpochBatchSampler(Sampler):
-    """Batches of (epoch, index); the order of an epoch depends on `seed` and the epoch alone.
+    """Batches of `SampleKey`s; the order of an epoch depends on `seed` and the epoch alone.
 
     Args:
         n: samples in the dataset.
@@ -121,28 +126,35 @@ class EpochBatchSampler(Sampler):
         seed: seed of the order.
         shuffle: False keeps the order of the dataset.
         drop_last: leave out a last batch that is not full, unless it is the only one.
+        share: (number of a process, number of all), which share each batch like a hand of cards.
     """
 
-    def __init__(self, n: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool) -> None:
+    def __init__(
+        self, n: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool, share: tuple[int, int] = (0, 1)
+    ) -> None:
         self.n = n
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.epoch = 0
+        self.share = share
+        self.epoch = self.first_batch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the next iteration."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Sets the epoch of the next iteration, and the batch that it begins with."""
+        self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
         full, rest = divmod(self.n, self.batch_size)
         return full + (rest > 0 and not (self.drop_last and full > 0))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        keys = [(self.epoch, index) for index in self._order()]
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield keys[start : start + self.batch_size]
+        order, (rank, processes) = self._order(), self.share
+        for batch in range(self.first_batch, len(self)):
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            keys = [SampleKey(self.epoch, index, place) for place, index in enumerate(indices)]
+            if own := keys[rank::processes]:
+                yield own
 
     def _order(self) -> list[int]:
         if not self.shuffle:
@@ -154,9 +166,12 @@ class EpochBatchSampler(Sampler):
 class DetectionLoader(DataLoader):
     """A DataLoader whose epoch can be set, and which passes on an `InputError` as the one line that it is."""
 
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the next iteration: its order and its augmentation."""
-        self.batch_sampler.set_epoch(epoch)
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Sets the epoch of the next iteration: its order and its augmentation.
+
+        It begins with batch `first_batch`; those before it are not read. `len` stays that of a whole epoch.
+        """
+        self.batch_sampler.set_epoch(epoch, first_batch)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
@@ -181,24 +196,33 @@ def collate(samples: Sequence[Sample]) -> Batch:
         pad_sequence([s["labels"] for s in samples], batch_first=True),
         pad_sequence([s["difficult"] for s in samples], batch_first=True),
         [s["image_id"] for s in samples],
+        [s["key"] for s in samples],
     )
 
 
 def make_loader(
-    dataset: DetectionDataset, batch_size: int, *, shuffle: bool, seed: int, workers: int, drop_last: bool = False
+    dataset: DetectionDataset,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    workers: int,
+    drop_last: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> DetectionLoader:
     """A loader of `Batch`es; call its `set_epoch` before each epoch.
 
     Args:
         dataset: what is loaded.
-        batch_size: images a batch.
+        batch_size: images a batch, those of all processes.
         shuffle: draw a new order each epoch.
         seed: seed of the order.
         workers: processes that decode and augment; 0 does it in this one.
         drop_last: leave out a last batch that is not full, unless it is the only one. For training: BatchNorm cannot
             train on one image with a 1 x 1 map.
+        share: (number of this process, number of all); the loader reads this one's share of every batch.
     """
-    sampler = EpochBatchSampler(len(dataset), batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last)
+    sampler = EpochBatchSampler(len(dataset), batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, share=share)
     return DetectionLoader(
         dataset,
         batch_sampler=sampler,

@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 from xml.etree import ElementTree
 
 import cv2
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from instaqnas.errors import InputError
 
@@ -58,6 +59,23 @@ class Annotation:
     difficult: np.ndarray
     width: int
     height: int
+
+
+@dataclass(frozen=True)
+class SplitCheck:
+    """What one split holds.
+
+    Args:
+        images: images with a readable annotation.
+        objects: their objects, those without area left out.
+        without_area: these objects, such as `a.xml object 1`.
+        problems: what reading the split would stop at, one line each.
+    """
+
+    images: int
+    objects: int
+    without_area: list[str]
+    problems: list[str]
 
 
 class _Classes(NamedTuple):
@@ -98,22 +116,52 @@ def read_split(roots: Sequence[str | Path], split: str, class_names: Sequence[st
     Raises:
         InputError: wrong root, unknown or empty split, missing or broken file, wrong field; it names file and field.
     """
-    label_of = {name: label for label, name in enumerate(class_names, start=1)}
-    annotations: list[Annotation] = []
-    dropped: list[str] = []
-    for root in map(Path, roots):
-        _check_layout(root)
-        classes = _Classes(label_of, _labels_source(root))
-        for image_id in _read_ids(root, split, class_names):
-            annotation, zero_area = _read_annotation(root, image_id, classes)
-            annotations.append(annotation)
-            dropped += [f"{image_id}.xml object {i}" for i in zero_area]
+    annotations, dropped = _read_annotations(roots, split, class_names, _raise)
     if not any(len(annotation.labels) for annotation in annotations):
-        raise InputError(f"split {split!r} of {_join(map(str, roots))}: no objects")
+        raise InputError(f"{_named(roots, split)}: no objects")
     if dropped:
         named = _join(dropped[:MAX_NAMED_OBJECTS]) + (", ..." if len(dropped) > MAX_NAMED_OBJECTS else "")
         warnings.warn(f"split {split!r}: dropped boxes without area: {len(dropped)} ({named})", stacklevel=2)
     return annotations
+
+
+def check_split(roots: Sequence[str | Path], split: str, class_names: Sequence[str]) -> SplitCheck:
+    """Reads every annotation and every image header of one split of all `roots`, and goes on after what is wrong."""
+    errors: list[InputError] = []
+    annotations, dropped = _read_annotations(roots, split, class_names, errors.append)
+    for annotation in annotations:
+        try:
+            check_image_header(annotation)
+        except InputError as error:
+            errors.append(error)
+    objects = sum(len(annotation.labels) for annotation in annotations)
+    if objects == 0:
+        errors.append(InputError(f"{_named(roots, split)}: no objects"))
+    return SplitCheck(len(annotations), objects, dropped, list(map(str, errors)))
+
+
+def check_image_header(annotation: Annotation) -> None:
+    """Raises InputError if an image file cannot be opened, or its header gives another size than the annotation."""
+    path = annotation.image_path
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path}: not a readable image") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # a damaged or an absurd header
+        raise InputError(f"{path}: not a readable image ({error})") from error
+    check_size(annotation, *size)
+
+
+def check_size(annotation: Annotation, width: int, height: int) -> None:
+    """Raises InputError unless the image file, of `width` x `height` pixels, is as large as the annotation says."""
+    if (width, height) != (annotation.width, annotation.height):
+        raise InputError(
+            f"{annotation.image_path}: {width} x {height} pixels, but its annotation says "
+            f"{annotation.width} x {annotation.height}"
+        )
 
 
 def read_image(path: str | Path, orientation: Literal["stored", "upright"] = "stored") -> np.ndarray:
@@ -135,6 +183,40 @@ def read_image(path: str | Path, orientation: Literal["stored", "upright"] = "st
     if image is None:
         raise InputError(f"{path}: not a readable image")
     return image
+
+
+def _raise(error: InputError) -> NoReturn:
+    raise error
+
+
+def _named(roots: Sequence[str | Path], split: str) -> str:
+    return f"split {split!r} of {_join(map(str, roots))}"
+
+
+def _read_annotations(
+    roots: Sequence[str | Path], split: str, class_names: Sequence[str], on_error: Callable[[InputError], None]
+) -> tuple[list[Annotation], list[str]]:
+    """The annotations of a split, and the names of its objects without area; goes on if `on_error` returns."""
+    label_of = {name: label for label, name in enumerate(class_names, start=1)}
+    annotations: list[Annotation] = []
+    without_area: list[str] = []
+    for root in map(Path, roots):
+        try:
+            _check_layout(root)
+            ids = _read_ids(root, split, class_names)
+        except InputError as error:
+            on_error(error)
+            continue
+        classes = _Classes(label_of, _labels_source(root))
+        for image_id in ids:
+            try:
+                annotation, zero_area = _read_annotation(root, image_id, classes)
+            except InputError as error:
+                on_error(error)
+                continue
+            annotations.append(annotation)
+            without_area += [f"{image_id}.xml object {i}" for i in zero_area]
+    return annotations, without_area
 
 
 def _join(names: Iterable[str]) -> str:

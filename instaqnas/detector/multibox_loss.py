@@ -21,7 +21,9 @@ def hard_negatives(background_loss: Tensor, positive: Tensor) -> Tensor:
     return (rank < NEGATIVES_PER_POSITIVE * positive.sum(1, keepdim=True)) & ~positive
 
 
-def multibox_loss(box_offsets: Tensor, class_logits: Tensor, targets: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def multibox_loss(
+    box_offsets: Tensor, class_logits: Tensor, targets: Tensor, labels: Tensor, positives: Tensor | None = None
+) -> dict[str, Tensor]:
     """Smooth-L1 over positives and cross-entropy over positives and hard negatives; the sum is to be minimised.
 
     Both are divided by max(1, positives in the batch), not by B. An image without objects has no positives and
@@ -32,12 +34,13 @@ def multibox_loss(box_offsets: Tensor, class_logits: Tensor, targets: Tensor, la
         class_logits: [B, P, C], class 0 is background.
         targets: offsets of the matched objects [B, P, 4], arbitrary (even not finite) where the label is 0.
         labels: [B, P], 0 is background.
+        positives: those of the whole batch, a scalar, where these images are a part of it; None counts those here.
 
     Returns: scalars `box` and `class`.
     """
     positive = labels > 0
     cross_entropy = F.cross_entropy(class_logits.transpose(1, 2).float(), labels, reduction="none")
     chosen = positive | hard_negatives(cross_entropy.detach(), positive)
-    positives = positive.sum().clamp(min=1)
+    positives = (positive.sum() if positives is None else positives).clamp(min=1)
     box_loss = F.smooth_l1_loss(box_offsets[positive].float(), targets[positive], reduction="sum")
     return {"box": box_loss / positives, "class": cross_entropy[chosen].sum() / positives}

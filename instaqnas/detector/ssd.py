@@ -94,6 +94,24 @@ class SSDOutput:
     class_logits: Tensor
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What the default boxes of images are to become: offsets [B, P, 4], arbitrary where labels [B, P] are 0."""
+
+    offsets: Tensor
+    labels: Tensor
+
+    @property
+    def positives(self) -> Tensor:
+        """Number of default boxes with an object, a scalar."""
+        return (self.labels > 0).sum()
+
+    def split(self, parts: int) -> list[Targets]:
+        """Those of the images in so many equal parts."""
+        size = len(self.labels) // parts
+        return list(map(Targets, self.offsets.split(size), self.labels.split(size)))
+
+
 class ExtraLayer(nn.Module):
     """ReLU and 1x1 convolution, then ReLU and 3x3 with stride 2."""
 
@@ -187,10 +205,14 @@ class SwitchableSSD(nn.Module):
 
     def loss(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Multibox loss against objects in pixels: boxes_xyxy [B, N, 4], labels [B, N], 0 where there is none."""
+        targets = self.targets(boxes_xyxy, labels)
+        return multibox_loss(output.box_offsets, output.class_logits, targets.offsets, targets.labels)
+
+    def targets(self, boxes_xyxy: Tensor, labels: Tensor) -> Targets:
+        """What the default boxes are to become, for objects as in `loss`."""
         defaults = self.default_boxes_cxcywh
-        boxes = boxes_xyxy / self.image_size
-        matched_labels, matched_boxes = match(box_convert(defaults, "cxcywh", "xyxy"), boxes, labels)
-        return multibox_loss(output.box_offsets, output.class_logits, encode(matched_boxes, defaults), matched_labels)
+        matched_labels, boxes = match(box_convert(defaults, "cxcywh", "xyxy"), boxes_xyxy / self.image_size, labels)
+        return Targets(encode(boxes, defaults), matched_labels)
 
     def _sources(self, x: Tensor, choice_of: ChoiceOf) -> list[Affine]:
         """The six feature maps that the heads look at, before their ReLU."""

@@ -1,6 +1,8 @@
 """Bit configurations [B, L]: the ways to choose them, and their log-probability and entropy under a policy.
 
-`ChooseBits` is the one interface between a detector loop and what chooses: images [B, 3, S, S] -> choices [B, L].
+`ChooseBits` is the one interface between a detector loop and what chooses: images [B, 3, S, S] and their B keys ->
+choices [B, L]. What is random comes from a `Draw`: keys -> numbers in [0, 1), float64 [B, L], an image's own whatever
+batch it is in.
 """
 
 from __future__ import annotations
@@ -11,51 +13,45 @@ import torch
 from torch import Tensor, nn
 
 from instaqnas.quant.switchable import BitChoice
+from instaqnas.seeds import SampleKey
 
-ChooseBits = Callable[[Tensor], Tensor]
-
-
-def uniformly_random(positions: int, choices: int, generator: torch.Generator) -> ChooseBits:
-    """Every choice equally likely at every position and image; `generator` is on the CPU."""
-
-    def choose(images: Tensor) -> Tensor:
-        return torch.randint(choices, (len(images), positions), generator=generator).to(images.device)
-
-    return choose
+ChooseBits = Callable[[Tensor, Sequence[SampleKey]], Tensor]
+Draw = Callable[[Sequence[SampleKey]], Tensor]
 
 
-def sandwich(positions: int, choices: Sequence[BitChoice], generator: torch.Generator) -> ChooseBits:
-    """The sandwich rule (Yu and Huang, ICCV 2019) within a batch, whose images come in random order.
+def uniformly_random(choices: int, draw: Draw) -> ChooseBits:
+    """Every one of K choices equally likely at every position and image."""
+    return lambda images, keys: (choices * draw(keys)).long().to(images.device)
 
-    The first third of the images has the cheapest choice at every position, the second the dearest, the last has
-    uniformly random configurations; where thirds are not whole, the earlier ones are larger. Cost is weight bits x
-    activation bits; `generator` is on the CPU.
+
+def sandwich(choices: Sequence[BitChoice], draw: Draw) -> ChooseBits:
+    """The sandwich rule (Yu and Huang, ICCV 2019) within the batch of a step, whose images come in random order.
+
+    Of three images in a row the first has the cheapest choice at every position, the second the dearest, the third a
+    uniformly random configuration. Cost is weight bits x activation bits.
     """
     costs = [weight_bits * activation_bits for weight_bits, activation_bits in choices]
-    cheapest, dearest = costs.index(min(costs)), costs.index(max(costs))
-    random = uniformly_random(positions, len(choices), generator)
+    ends = torch.tensor([costs.index(min(costs)), costs.index(max(costs)), 0])
+    random = uniformly_random(len(choices), draw)
 
-    def choose(images: Tensor) -> Tensor:
-        drawn = random(images)
-        first, second, _ = drawn.tensor_split(3)  # views
-        first.fill_(cheapest)
-        second.fill_(dearest)
-        return drawn
+    def choose(images: Tensor, keys: Sequence[SampleKey]) -> Tensor:
+        role = torch.tensor([key.place % 3 for key in keys])[:, None]
+        return torch.where(role < 2, ends[role], random(images, keys).cpu()).to(images.device)
 
     return choose
 
 
 def fixed(config: Sequence[int]) -> ChooseBits:
     """The same configuration for every image."""
-    return lambda images: torch.tensor(config, device=images.device).expand(len(images), -1)
+    return lambda images, _: torch.tensor(config, device=images.device).expand(len(images), -1)
 
 
-def sampled_by(policy: nn.Module, epsilon: float, generator: torch.Generator) -> ChooseBits:
+def sampled_by(policy: nn.Module, epsilon: float, draw: Draw) -> ChooseBits:
     """Sampled from the policy's distribution mixed with `epsilon` parts of the uniform one."""
 
     @torch.no_grad()
-    def choose(images: Tensor) -> Tensor:
-        return sample(mix_uniform(policy(images), epsilon), generator)
+    def choose(images: Tensor, keys: Sequence[SampleKey]) -> Tensor:
+        return sample(mix_uniform(policy(images), epsilon), draw(keys))
 
     return choose
 
@@ -64,7 +60,7 @@ def greedy_by(policy: nn.Module) -> ChooseBits:
     """The policy's most likely choice at every position."""
 
     @torch.no_grad()
-    def choose(images: Tensor) -> Tensor:
+    def choose(images: Tensor, _: Sequence[SampleKey]) -> Tensor:
         return policy(images).argmax(-1)
 
     return choose
@@ -75,11 +71,17 @@ def mix_uniform(logits: Tensor, epsilon: float) -> Tensor:
     return (1 - epsilon) * logits.softmax(-1) + epsilon / logits.shape[-1]
 
 
-def sample(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One choice per image and position [B, L]; drawn on the CPU so that devices agree."""
-    flat = probabilities.detach().flatten(0, 1).cpu()
-    drawn = torch.multinomial(flat, 1, generator=generator)
-    return drawn.view(probabilities.shape[:2]).to(probabilities.device)
+def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """One choice per image and position [B, L], by the inverse of the cumulative distribution.
+
+    Args:
+        probabilities: [B, L, K].
+        uniform: random numbers in [0, 1), float64 [B, L], on the CPU: drawn there so that devices agree.
+    """
+    cumulative = probabilities.detach().cpu().double().cumsum(-1)
+    # Scaled by their sum, which rounding leaves beside 1: a last choice of probability 0 stays out of reach.
+    chosen = (uniform[..., None] * cumulative[..., -1:] >= cumulative[..., :-1]).sum(-1)
+    return chosen.to(probabilities.device)
 
 
 def log_prob(probabilities: Tensor, choices: Tensor) -> Tensor:

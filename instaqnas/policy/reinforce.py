@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from instaqnas import ranks
+
 
 def policy_gradient_loss(log_prob: Tensor, advantage: Tensor, entropy: Tensor, entropy_beta: float) -> Tensor:
     """Mean over images of -log p(a) * (R(sample) - R(greedy)) - beta * entropy: a scalar to be minimised.
@@ -19,8 +21,9 @@ def policy_gradient_loss(log_prob: Tensor, advantage: Tensor, entropy: Tensor, e
 
 
 def normalized(advantage: Tensor) -> Tensor:
-    """Advantages [B] divided by their root mean square over the batch; all zeros stay zeros.
+    """Advantages [B] divided by their root mean square over the batch, that of all processes; all zeros stay zeros.
 
     Their mean is not subtracted: the baseline has done that, and sampling no better than greedily must not look good.
     """
-    return advantage / advantage.square().mean().sqrt().clamp(min=torch.finfo(advantage.dtype).tiny)
+    squares = ranks.total(advantage.square().mean()) / ranks.world_size()  # their shares of the batch are equal
+    return advantage / squares.sqrt().clamp(min=torch.finfo(advantage.dtype).tiny)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from instaqnas import ranks
 from instaqnas.quant.fused import moments
 from instaqnas.quant.quantizers import (
     Affine,
@@ -54,6 +55,8 @@ def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, group
 class PerChoiceBatchNorm(nn.Module):
     """BatchNorm with its own parameters and statistics for each of K choices; an image takes part in its choice's.
 
+    Statistics are those of the images of all processes that train together.
+
     The input comes as integer sums with one factor per choice still to be multiplied in; normalisation absorbs it, and
     is itself left to the reader of the result.
     """
@@ -74,7 +77,7 @@ class PerChoiceBatchNorm(nn.Module):
             factor: [K, 1] or [K, C], or None for 1.
             choice: [B] indices of the K choices; None where K = 1.
         """
-        if self.training and choice is None and factor is None:
+        if self.training and choice is None and factor is None and ranks.world_size() == 1:
             statistics = (self.running_mean[0], self.running_var[0])
             return Affine(
                 F.batch_norm(y, *statistics, self.weight[0], self.bias[0], True, self.momentum, self.eps)  # noqa: FBT003
@@ -129,9 +132,13 @@ class PerChoiceBatchNorm(nn.Module):
         member = self._members(y, choice).to(sums.dtype)
         pixels = member.sum(1, keepdim=True) * y[0, 0].numel()  # [K, 1]
         with torch.autocast(y.device.type, enabled=False):  # bf16 would leave nothing of the difference
-            mean = member @ sums / pixels.clamp(min=1)
+            sums, squares = member @ sums, member @ squares  # [K, C]
+            if ranks.world_size() > 1:
+                of_all = ranks.total(torch.cat([pixels, sums, squares], 1))
+                pixels, sums, squares = of_all.split([1, y.shape[1], y.shape[1]], 1)
+            mean = sums / pixels.clamp(min=1)
             # E[y^2] - E[y]^2: one pass over memory, and close enough for what is nearly centred.
-            var = (member @ squares / pixels.clamp(min=1) - mean**2).clamp(min=0)
+            var = (squares / pixels.clamp(min=1) - mean**2).clamp(min=0)
         if factor is not None:
             mean, var = mean * factor, var * factor**2
         with torch.no_grad():
@@ -275,9 +282,9 @@ def calibrate(network: nn.Module, forward: Callable[[], object]) -> None:
 def reestimate_batch_norm(network: nn.Module, forward: Callable[[], object]) -> None:
     """Takes the BatchNorm statistics of `network` anew from all the data that `forward()` sends through it.
 
-    They are those of all images of a choice together, whatever batches they come in ("precise BatchNorm", Wu and
-    Johnson, 2021, section 3); a choice that no image has keeps its own. On the way every batch is normalised by its own
-    statistics, as in training. Nothing else changes.
+    They are those of all images of a choice together, whatever batches and processes they come in ("precise BatchNorm",
+    Wu and Johnson, 2021, section 3); a choice that no image has keeps its own. On the way every batch is normalised by
+    its own statistics, as in training. Nothing else changes.
     """
     totals: dict[PerChoiceBatchNorm, Tensor] = {}
 
@@ -295,4 +302,4 @@ def reestimate_batch_norm(network: nn.Module, forward: Callable[[], object]) -> 
         for hook in hooks:
             hook.remove()
     for norm, total in totals.items():
-        norm.take_statistics(total)
+        norm.take_statistics(ranks.total(total))

@@ -93,7 +93,8 @@ class BaselineSSD(nn.Module):
         convert: builds a layer from the name of its group and the layer of `source`.
     """
 
-    loss = SwitchableSSD.loss  # reads nothing but the default boxes and the image size
+    # They read nothing but the default boxes and the image size.
+    loss, targets = SwitchableSSD.loss, SwitchableSSD.targets
 
     def __init__(self, source: SwitchableSSD, convert: Callable[[str, SwitchableConv2d], nn.Module]) -> None:
         super().__init__()

@@ -49,12 +49,12 @@ from instaqnas.detector import ssd
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.metrics.voc import DetectionRecords, voc_map
-from instaqnas.policy.bit_config import mix_uniform, sample, uniformly_random
+from instaqnas.policy.bit_config import mix_uniform, sample
 from instaqnas.policy.network import PolicyNet
 from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.integer import to_integer
 from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate
-from instaqnas.seeds import generator
+from instaqnas.seeds import SampleKey, generator, uniform_numbers
 from instaqnas.tools.baselines import EVAL, BaselineSSD, MaskedBranches, TorchConv, judge_in_loops
 from instaqnas.training.evaluate import detect, quality_of
 from instaqnas.training.runtime import keep_freed_memory
@@ -173,7 +173,8 @@ class Row:
         """The policy's bit configurations, sampled and greedy, and what they bring."""
         self.network.eval()
         logits = self.policy(self.batch.images)
-        sampled = sample(mix_uniform(logits, SEARCH.epsilon_start), generator("benchmark samples"))
+        uniform = uniform_numbers(self.batch.keys, POSITIONS, "benchmark samples")
+        sampled = sample(mix_uniform(logits, SEARCH.epsilon_start), uniform)
         for choices in (sampled, logits.argmax(-1)):
             self.judge(self.network, self.batch, choices)
 
@@ -224,7 +225,8 @@ def build_row(name: str, settings: Settings, device: torch.device) -> Row:
     """The row `name` of PLANS, ready to run."""
     plan, settings = PLANS[name], PLANS[name].adapt(settings)
     batch = random_batch(settings).to(device)
-    choices = uniformly_random(POSITIONS, settings.choices, generator("benchmark choices"))(batch.images)
+    random = generator("benchmark choices")
+    choices = torch.randint(settings.choices, (settings.batch, POSITIONS), generator=random).to(device)
     network = plan.build(settings, batch.images, choices)
     policy = PolicyNet(POSITIONS, settings.choices, pool=POLICY.pool, width=POLICY.width, bits=POLICY.bits).to(device)
     calibrate(policy, lambda: policy(batch.images))
@@ -238,8 +240,8 @@ def random_batch(settings: Settings) -> Batch:
     images, size, random = settings.batch, settings.image_size, generator("benchmark images")
     pixels = torch.randint(256, (images, 3, size, size), generator=random, dtype=torch.uint8)
     boxes, labels = random_objects(images, OBJECTS, settings.classes, random)
-    ids = [str(index) for index in range(images)]
-    return Batch(pixels, boxes * size, labels, torch.zeros_like(labels, dtype=torch.bool), ids)
+    difficult, keys = torch.zeros_like(labels, dtype=torch.bool), [SampleKey(0, index) for index in range(images)]
+    return Batch(pixels, boxes * size, labels, difficult, [str(index) for index in range(images)], keys)
 
 
 def random_objects(images: int, objects: int, classes: int, random: torch.Generator) -> tuple[Tensor, Tensor]:

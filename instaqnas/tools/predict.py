@@ -112,7 +112,7 @@ class Predictor:
         """What is found on `image`, uint8 RGB [3, H, W] of any size, with at least this score."""
         resized = eval_transform(self.detector.image_size)({"image": tv_tensors.Image(image)})["image"]
         images = resized[None].to(self.device)
-        choices = greedy_by(self.policy)(images)
+        choices = greedy_by(self.policy)(images, ())
         found = detect(self.detector, images, choices, replace(self.settings, score_threshold=score_threshold))
         height, width = image.shape[1:]
         scale = torch.tensor([width, height, width, height]) / self.detector.image_size

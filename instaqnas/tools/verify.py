@@ -99,7 +99,7 @@ def compare(
 ) -> None:
     """Adds all images of `loader` to `result`; `choose` gives their bits by float and by integer networks."""
     for batch in tqdm(loader, leave=False):
-        choices, same = (ways(batch.images) for ways in choose)
+        choices, same = (ways(batch.images, batch.keys) for ways in choose)
         result.images += len(batch.images)
         result.images_with_different_choices += int((choices != same).any(1).sum())
         left = detect(detector, batch.images, choices, experiment.config.eval)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from instaqnas.config import EvalConfig
 from instaqnas.data.loader import Batch
@@ -14,9 +18,10 @@ from instaqnas.detector.postprocess import Detections, postprocess
 from instaqnas.detector.ssd import SwitchableSSD
 from instaqnas.metrics.coco import coco_ap
 from instaqnas.metrics.image_quality import QualityKind, image_quality
-from instaqnas.metrics.voc import DetectionRecords, voc_map
+from instaqnas.metrics.voc import DetectionRecords, RecordBatch, voc_map
 from instaqnas.policy.bit_config import ChooseBits
 from instaqnas.quant.bitops import CostTable
+from instaqnas.training import distributed
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,14 @@ class EvalReport:
     def gbitops_total(self) -> float:
         """Detector and policy."""
         return self.gbitops_detector + self.gbitops_policy
+
+
+class Measured(NamedTuple):
+    """A batch, or a process's share of it: places of the images in the dataset, their rows, and what was detected."""
+
+    indices: Sequence[int]
+    rows: Sequence[ImageRow]
+    records: RecordBatch
 
 
 @torch.no_grad()
@@ -97,10 +110,10 @@ def evaluate(
     quality_threshold: float,
     device: torch.device,
 ) -> EvalReport:
-    """Runs every image once and measures.
+    """Runs every image once and measures; all processes get the report on all images.
 
     Args:
-        batches: evaluation batches, on the CPU.
+        batches: evaluation batches, on the CPU: this process's shares of them.
         choose_bits: bit configurations of a batch's images.
         costs: GBitOps of the detector's configurations.
         policy_gbitops: GBitOps that choosing costs an image; 0 where nothing is computed for it.
@@ -109,20 +122,12 @@ def evaluate(
     """
     was_training = detector.training
     detector.eval()
-    records, rows = DetectionRecords(), []
+    share = []
     for batch in batches:
         batch = batch.to(device)
-        choices = choose_bits(batch.images)
+        choices = choose_bits(batch.images, batch.keys)
         found = detect(detector, batch.images, choices, settings)
-        records.add(
-            batch.image_ids,
-            found.boxes_xyxy,
-            found.scores,
-            found.labels,
-            batch.boxes_xyxy,
-            batch.labels,
-            batch.difficult,
-        )
+        boxes = (found.boxes_xyxy, found.scores, found.labels, batch.boxes_xyxy, batch.labels, batch.difficult)
         columns = (
             choices,
             costs.gbitops(choices),
@@ -130,8 +135,32 @@ def evaluate(
             (batch.labels > 0).sum(1),
             ((found.labels > 0) & (found.scores >= quality_threshold)).sum(1),
         )
-        rows += map(ImageRow, batch.image_ids, *(column.tolist() for column in columns))
+        rows = list(map(ImageRow, batch.image_ids, *(column.tolist() for column in columns)))
+        share.append(Measured([key.index for key in batch.keys], rows, RecordBatch(*(t.cpu() for t in boxes))))
     detector.train(was_training)
+    shares = distributed.gathered(share)
+    report = None if shares is None else _report(_joined(shares), policy_gbitops, class_names)
+    return distributed.from_writer(report)
+
+
+def _joined(shares: Sequence[list[Measured]]) -> list[Measured]:
+    """The batches that processes have measured their shares of, with the images in the order of the dataset."""
+    if len(shares) == 1:
+        return shares[0]
+    joined = []
+    for parts in zip_longest(*shares, fillvalue=Measured([], [], [])):  # the last batch may not do for all processes
+        images = [image for p in parts for image in zip(p.indices, p.rows, zip(*p.records, strict=True), strict=True)]
+        indices, rows, tensors = zip(*sorted(images, key=itemgetter(0)), strict=True)
+        columns = (pad_sequence(column, batch_first=True) for column in zip(*tensors, strict=True))
+        joined.append(Measured(indices, rows, RecordBatch(*columns)))
+    return joined
+
+
+def _report(batches: Sequence[Measured], policy_gbitops: float, class_names: tuple[str, ...]) -> EvalReport:
+    records, rows = DetectionRecords(), []
+    for batch in batches:
+        records.add([row.image_id for row in batch.rows], *batch.records)
+        rows += batch.rows
     result = voc_map(records, class_names)
     return EvalReport(
         map_11pt=result.map_11pt,

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config import Command, Config, QuantTrainConfig, TrainConfig, completed, differences, to_plain
@@ -19,9 +18,11 @@ from instaqnas.data.transforms import SampleTransform, eval_transform, flip_tran
 from instaqnas.data.voc import Annotation, read_class_names, read_split
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs, position_count
 from instaqnas.errors import InputError
-from instaqnas.policy.bit_config import ChooseBits, fixed, sandwich, uniformly_random
+from instaqnas.policy.bit_config import ChooseBits, Draw, fixed, sandwich, uniformly_random
 from instaqnas.policy.network import PolicyNet
-from instaqnas.seeds import derived_seed, generator
+from instaqnas.ranks import world_size
+from instaqnas.seeds import SampleKey, derived_seed, generator, uniform_numbers
+from instaqnas.training import distributed
 from instaqnas.training.evaluate import EvalReport, evaluate
 from instaqnas.training.run_dir import best_checkpoint
 
@@ -95,6 +96,15 @@ class Experiment:
         )
         return policy.to(self.device)
 
+    def check_shares(self, key: str, batch_size: int, parts: int = 1) -> None:
+        """Raises InputError, naming a setting, unless its batches give every process so many equal parts."""
+        data, shares = self.config.data, parts * world_size()
+        if batch_size % shares:
+            raise InputError(f"{key}: expected a multiple of {shares} (processes x accumulate), got {batch_size}")
+        images = len(self.annotations(data.roots, data.train_split))
+        if shares > 1 and batch_size > images:  # the only batch would not be full
+            raise InputError(f"{key}: expected at most the {images} training images, got {batch_size}")
+
     def train_loader(self, batch_size: int, stage: str) -> DetectionLoader:
         """Augmented training images; order and augmentation differ by stage."""
         data = self.config.data
@@ -121,12 +131,12 @@ class Experiment:
         data = self.config.data
         return self.eval_loader(data.test_split, data.test_roots or data.roots)
 
-    def calibration_images(self) -> Tensor:
-        """Random training images [n, 3, S, S] for the first step sizes."""
+    def calibration_batch(self) -> Batch:
+        """Random training images for the first step sizes."""
         data = self.config.data
         dataset = self._dataset(data.roots, data.train_split, self._eval_transform, "calibration")
         order = torch.randperm(len(dataset), generator=generator(self.config.seed, "calibration"))
-        return _batch(dataset, order[:CALIBRATION_IMAGES].tolist()).images.to(self.device)
+        return _batch(dataset, order[:CALIBRATION_IMAGES].tolist()).to(self.device)
 
     def picture_batch(self) -> Batch:
         """A few images to look at: the first of the val split, or of the train split where there is none."""
@@ -134,16 +144,18 @@ class Experiment:
         dataset = self._dataset(data.roots, data.val_split or data.train_split, self._eval_transform, "pictures")
         return _batch(dataset, range(min(PICTURES, len(dataset)))).to(self.device)
 
-    def choose_random(self, *purpose: int | str) -> ChooseBits:
-        """Uniformly random configurations from a stream of their own."""
-        random = generator(self.config.seed, *purpose)
+    def draw(self, *purpose: int | str) -> Draw:
+        """Random numbers for the positions of images, others for every purpose."""
         positions = position_count(self.config.bits.positions)
-        return uniformly_random(positions, len(self.config.bits.choices), random)
+        return lambda keys: uniform_numbers(keys, positions, self.config.seed, *purpose)
+
+    def choose_random(self, *purpose: int | str) -> ChooseBits:
+        """Uniformly random configurations, others for every purpose."""
+        return uniformly_random(len(self.config.bits.choices), self.draw(*purpose))
 
     def choose_sandwich(self, *purpose: int | str) -> ChooseBits:
-        """The cheapest, the dearest and random configurations, from a stream of their own."""
-        bits = self.config.bits
-        return sandwich(position_count(bits.positions), bits.choices, generator(self.config.seed, *purpose))
+        """The cheapest, the dearest and random configurations, others for every purpose."""
+        return sandwich(self.config.bits.choices, self.draw(*purpose))
 
     def choose_fixed(self, detector: SwitchableSSD, choice: int = 0) -> ChooseBits:
         """The same choice at every position of `detector`."""
@@ -155,7 +167,7 @@ class Experiment:
         """Figures of a detector on a split."""
         return evaluate(
             detector,
-            tqdm(loader, desc="evaluate", leave=False),
+            distributed.progress_bar(loader, "evaluate"),
             choose_bits,
             costs=detector_costs(detector),
             policy_gbitops=policy_cost,
@@ -166,22 +178,23 @@ class Experiment:
             device=self.device,
         )
 
-    @property
-    def _eval_transform(self) -> SampleTransform:
-        return eval_transform(self.config.detector.image_size)
-
-    def _split(self, roots: Sequence[str], split: str) -> list[Annotation]:
+    def annotations(self, roots: Sequence[str], split: str) -> list[Annotation]:
+        """What is annotated in a split of `roots`, read once."""
         key = (*roots, split)
         if key not in self._annotations:
             self._annotations[key] = read_split(roots, split, self.class_names)
         return self._annotations[key]
+
+    @property
+    def _eval_transform(self) -> SampleTransform:
+        return eval_transform(self.config.detector.image_size)
 
     def _train_images(self) -> list[np.ndarray] | None:
         """The decoded images of the train split, once for all loaders; None where `data.cache` is off."""
         data = self.config.data
         if data.cache == "ram" and self._images is None:
             side = CACHED_SIDE * self.config.detector.image_size
-            self._images = load_images(self._split(data.roots, data.train_split), side)
+            self._images = load_images(self.annotations(data.roots, data.train_split), side)
         return self._images
 
     def _dataset(
@@ -193,7 +206,7 @@ class Experiment:
         images: Sequence[np.ndarray] | None = None,
     ) -> DetectionDataset:
         seed = derived_seed(self.config.seed, stage, "pixels")
-        return DetectionDataset(self._split(roots, split), transform, seed=seed, images=images)
+        return DetectionDataset(self.annotations(roots, split), transform, seed=seed, images=images)
 
     def _loader(
         self, roots: list[str], split: str, transform: SampleTransform, batch_size: int, stage: str, *, training: bool
@@ -205,8 +218,9 @@ class Experiment:
             batch_size,
             shuffle=training,
             seed=derived_seed(self.config.seed, stage, "order"),
-            workers=min(MOST_WORKERS, os.cpu_count() or 1) if workers < 0 else workers,
+            workers=_workers_per_process() if workers < 0 else workers,
             drop_last=training,
+            share=(distributed.rank(), world_size()),
         )
 
 
@@ -280,5 +294,9 @@ def load_network(
         raise InputError(f"{path}: of another version of this program ({first_line})") from error
 
 
+def _workers_per_process() -> int:
+    return max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // distributed.processes_of_machine()))
+
+
 def _batch(dataset: DetectionDataset, indices: Iterable[int]) -> Batch:
-    return collate([dataset[0, index] for index in indices])
+    return collate([dataset[SampleKey(0, index)] for index in indices])

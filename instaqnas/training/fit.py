@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from instaqnas.config import TrainConfig
 from instaqnas.errors import InputError
+from instaqnas.training import distributed
+from instaqnas.training.epoch_sums import EpochSums
 from instaqnas.training.evaluate import EvalReport
 from instaqnas.training.run_dir import RunDir
 
@@ -22,7 +25,8 @@ log = logging.getLogger(__name__)
 class TrainState:
     """Everything that training changes: what a checkpoint holds.
 
-    Random numbers are not among it: every epoch derives its own from the seed (`instaqnas.seeds`).
+    `epoch` counts those that are finished, `running` holds by name the passes over the data of the next one as far as
+    they have come. Random numbers are not among it: every image derives its own from the seed (`instaqnas.seeds`).
     """
 
     networks: dict[str, nn.Module]
@@ -32,6 +36,15 @@ class TrainState:
     epoch: int = 0
     best_map: float = -1.0
     metrics: dict[str, float] = field(default_factory=dict)
+    running: dict[str, EpochSums] = field(default_factory=dict)
+
+    def sums(self, name: str) -> EpochSums:
+        """Those of a pass of the epoch that runs."""
+        return self.running.setdefault(name, EpochSums())
+
+    def detector_steps(self, steps_per_epoch: int) -> int:
+        """Steps that the detector has been trained."""
+        return self.epoch * steps_per_epoch + self.running.get("detector", EpochSums()).steps
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
@@ -43,6 +56,7 @@ class TrainState:
             "epoch": self.epoch,
             "best_map": self.best_map,
             "metrics": self.metrics,
+            "running": {name: vars(sums) for name, sums in self.running.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -54,66 +68,58 @@ class TrainState:
         self.scheduler.load_state_dict(state["scheduler"])
         for name in ("multiplier", "epoch", "best_map", "metrics"):
             setattr(self, name, state[name])
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """What an epoch measured: scalars by name, and the bit configurations [n, L] it ran."""
-
-    scalars: dict[str, float]
-    choices: Tensor
+        self.running = {name: EpochSums(**sums) for name, sums in state.get("running", {}).items()}
 
 
 def fit(
     run_dir: RunDir,
     state: TrainState,
+    settings: TrainConfig,
     *,
-    epochs: int,
     steps_per_epoch: int,
-    train_epoch: Callable[[int], EpochResult],
+    train_epoch: Callable[[int], dict[str, float]],
     after_training: Callable[[], None],
     validate: Callable[[], EvalReport] | None,
     keep_best: bool,
     add_pictures: Callable[[int], None],
-    eval_every: int,
-    save_every: int,
 ) -> None:
     """Trains to the last epoch from the last checkpoint, if there is one.
 
     Args:
-        train_epoch: trains epoch number 0, 1, ... and updates `state`.
+        settings: `epochs`, and after how many of them to validate and to save; the last one has both.
+        train_epoch: trains what is left of epoch number 0, 1, ..., updates `state`, and returns what to log.
         after_training: called once after the last epoch, before it is validated and saved.
         validate: evaluates on the val split; None where there is none.
         keep_best: keep the checkpoint with the highest mAP on the val split too.
         add_pictures: logs pictures of detections at a step.
-        eval_every, save_every: epochs between validations and between checkpoints; the last epoch has both.
     """
+    epochs = settings.epochs
     _continue(run_dir, state, epochs)
     if state.epoch >= epochs:
         return
-    writer = run_dir.open_tensorboard(state.epoch * steps_per_epoch)
+    run_dir.open_tensorboard(state.detector_steps(steps_per_epoch))
     while state.epoch < epochs:
-        result = train_epoch(state.epoch)
+        scalars, improved = train_epoch(state.epoch), False
+        choices = state.sums("detector").choices
         state.epoch += 1
+        state.running = {}
         if state.epoch == epochs:
             after_training()
-        step, due = state.epoch * steps_per_epoch, _is_due(state.epoch, epochs, eval_every)
-        scalars, improved = dict(result.scalars), False
+        step, due = state.epoch * steps_per_epoch, _is_due(state.epoch, epochs, settings.eval_every)
         if due and validate is not None:
             report = validate()
             scalars |= {"eval/map": report.map_11pt, "eval/gbitops_total": report.gbitops_total}
             improved = keep_best and report.map_11pt > state.best_map
             state.best_map = max(state.best_map, report.map_11pt)
         state.metrics = scalars
-        if _is_due(state.epoch, epochs, save_every) or improved:
-            run_dir.save(state.state_dict(), best=improved)
-        run_dir.log_epoch(state.epoch, step, scalars)
-        if result.choices.unique().numel() > 1:
-            for position, column in enumerate(result.choices.T):
-                writer.add_histogram(f"bits/position_{position:02d}", column, step, bins="auto")
+        # Before the checkpoint: from there on it would not be logged again.
+        run_dir.log_epoch(state.epoch, step, scalars, choices)
         if due:
             add_pictures(step)
+        if _is_due(state.epoch, epochs, settings.save_every) or improved:
+            run_dir.save(state.state_dict(), best=improved, keep=settings.keep_checkpoints)
     run_dir.close()
+    distributed.barrier()  # what comes next reads the checkpoint
     log.info("%s: done, %s", run_dir.stage, ", ".join(f"{name} {value:.4g}" for name, value in state.metrics.items()))
 
 
@@ -124,13 +130,14 @@ def _continue(run_dir: RunDir, state: TrainState, epochs: int) -> None:
         return
     try:
         state.load_state_dict(begun)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise InputError(f"{run_dir.last}: of another version of this program ({first_line})") from error
     if state.epoch >= epochs:
         log.info("%s: already complete (%d epochs)", run_dir.stage, epochs)
     else:
-        log.info("%s: continues after epoch %d of %d", run_dir.stage, state.epoch, epochs)
+        further = "".join(f", {name} step {sums.steps} of the next" for name, sums in state.running.items())
+        log.info("%s: continues after epoch %d of %d%s", run_dir.stage, state.epoch, epochs, further)
 
 
 def _is_due(epoch: int, epochs: int, every: int) -> bool:

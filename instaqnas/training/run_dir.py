@@ -3,8 +3,11 @@
 RUN/STAGE/config.yaml      the resolved config, seed and versions
 RUN/STAGE/last.pt          the last checkpoint; with it the stage goes on
 RUN/STAGE/best.pt          the best on the val split, where there is one
+RUN/STAGE/epoch_0007.pt    those of the last epochs, as many as `keep_checkpoints` says
 RUN/STAGE/metrics.jsonl    one line per epoch
 RUN/STAGE/tensorboard/     events
+
+Of several processes that train together one writes.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,13 @@ import numpy
 import torch
 import torchvision
 import yaml
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.config import completed, differences
 from instaqnas.errors import InputError
+from instaqnas.training import distributed
 
 # The sections of the config that the result of a stage depends on, beside its own.
 DECISIVE_SECTIONS = {
@@ -33,7 +39,11 @@ DECISIVE_SECTIONS = {
     "search": ("seed", "data", "detector", "bits", "policy", "reward"),
     "finetune": ("seed", "data", "detector", "bits", "policy"),
 }
-HARMLESS_DATA_KEYS = ("workers", "test_roots", "test_split")
+HARMLESS_KEYS = {  # of a section, or of every stage
+    "data": ("workers", "test_roots", "test_split"),
+    "eval": ("batch_size",),
+    "stage": ("save_every", "save_minutes", "keep_checkpoints"),
+}
 
 
 def versions() -> dict[str, str]:
@@ -82,10 +92,13 @@ class RunDir:
         sources = [path for path in (source, teacher) if path is not None]
         self.source = " ".join(map(_sha256, sources))
         self._writer: SummaryWriter | None = None
+        self._saved_at = time.monotonic()
         if restart:
             set_aside(self.path)
         if self.last.exists():
             self._check_same_beginning(sources)
+            return
+        if not distributed.is_writer():
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -103,32 +116,62 @@ class RunDir:
         """The last checkpoint of this stage, None if it has not begun."""
         return load_checkpoint(self.last) if self.last.exists() else None
 
-    def save(self, state: dict[str, Any], *, best: bool) -> None:
-        """Writes the last checkpoint, and the best one if it is."""
+    @property
+    def minutes_unsaved(self) -> float:
+        """Minutes since the last checkpoint of this process, or since it began."""
+        return (time.monotonic() - self._saved_at) / 60
+
+    def save(self, state: dict[str, Any], *, best: bool = False, keep: int = 0) -> None:
+        """Writes the last checkpoint, and the best one if it is.
+
+        `keep` above 0 also keeps it under the number of its epoch, with so many as the newest of that kind.
+        """
+        self._saved_at = time.monotonic()
+        if not distributed.is_writer():
+            return
+        if self._writer is not None:
+            self._writer.flush()  # what was logged before this checkpoint will not be logged again
         begun = {"stage": self.stage, "config": self.config, "classes": self.classes, "source": self.source}
         state = {**begun, **state}
+        if keep:
+            save_checkpoint(self.path / f"epoch_{state['epoch']:04d}.pt", state)
+            for old in sorted(self.path.glob("epoch_*.pt"))[:-keep]:
+                old.unlink()
         if best:
             save_checkpoint(self.path / "best.pt", state)
         save_checkpoint(self.last, state)
 
-    def open_tensorboard(self, step: int) -> SummaryWriter:
-        """The event writer; what an interrupted run logged after `step` is hidden."""
-        if self._writer is None:
+    def open_tensorboard(self, step: int) -> None:
+        """Begins an event file; what an interrupted run logged after `step` is hidden."""
+        if distributed.is_writer():
             self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
-        return self._writer
 
-    def log_epoch(self, epoch: int, step: int, scalars: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same scalars to TensorBoard.
-
-        Lines of this epoch and later ones, which an interrupted run may have left, go.
-        """
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines()[: epoch - 1] if file.exists() else []
-        write_text(file, "\n".join([*lines, json.dumps({"epoch": epoch, "step": step, **scalars})]) + "\n")
+    def log_step(self, step: int, scalars: dict[str, float]) -> None:
+        """Scalars to TensorBoard."""
         if self._writer is not None:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
-            self._writer.flush()
+
+    def log_epoch(self, epoch: int, step: int, scalars: dict[str, float], choices: Tensor) -> None:
+        """One line of metrics.jsonl; the same scalars, and how often which choice ran, [L, K], to TensorBoard.
+
+        Lines of this epoch and later ones, which an interrupted run may have left, go.
+        """
+        if self._writer is None:
+            return
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines()[: epoch - 1] if file.exists() else []
+        write_text(file, "\n".join([*lines, json.dumps({"epoch": epoch, "step": step, **scalars})]) + "\n")
+        self.log_step(step, scalars)
+        if choices.shape[1] > 1:
+            for position, counts in enumerate(choices):
+                values = torch.arange(len(counts)).repeat_interleave(counts)
+                self._writer.add_histogram(f"bits/position_{position:02d}", values, step, bins="auto")
+
+    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
+        """A picture uint8 [3, H, W] to TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image(name, picture, step)
 
     def close(self) -> None:
         """Ends the event file."""
@@ -157,11 +200,12 @@ class RunDir:
 
 def set_aside(folder: Path) -> None:
     """Renames a folder, if it exists, to FOLDER.old-1, or the first number that is free."""
-    if folder.exists():
+    if distributed.is_writer() and folder.exists():
         number = 1
         while (kept := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
         folder.rename(kept)
+    distributed.barrier()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -184,9 +228,12 @@ def _sha256(path: Path) -> str:
 
 
 def _decisive(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    kept = {section: config[section] for section in (*DECISIVE_SECTIONS[stage], stage)}
-    kept["runtime.amp"] = config["runtime"]["amp"]
+    sections = [*DECISIVE_SECTIONS[stage], stage]
     if stage == "search" or config["data"]["val_split"]:  # it judges images, or picks the best epoch
-        kept["eval"] = {key: value for key, value in config["eval"].items() if key != "batch_size"}
-    kept["data"] = {key: value for key, value in config["data"].items() if key not in HARMLESS_DATA_KEYS}
-    return kept
+        sections.append("eval")
+    kept = {section: config[section] for section in sections}
+    for section in ("data", "eval", stage):
+        if section in kept:
+            harmless = HARMLESS_KEYS.get(section, HARMLESS_KEYS["stage"])
+            kept[section] = {key: value for key, value in kept[section].items() if key not in harmless}
+    return {**kept, "runtime.amp": config["runtime"]["amp"]}

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from instaqnas.config import Command, RewardConfig, TrainConfig
 from instaqnas.data.loader import Batch, DetectionLoader
-from instaqnas.detector.distillation import distillation_loss
+from instaqnas.detector.distillation import distillation_loss, foreground
 from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy import reward as rewards
@@ -29,8 +28,9 @@ from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.switchable import calibrate, reestimate_batch_norm
-from instaqnas.seeds import generator
-from instaqnas.training.detector_epoch import DetectorEpoch, Distill, train_detector_epoch
+from instaqnas.ranks import alone, total
+from instaqnas.training import distributed
+from instaqnas.training.detector_epoch import Distill, train_detector_epoch
 from instaqnas.training.evaluate import EvalReport, detect, quality_of
 from instaqnas.training.experiment import (
     FULL_PRECISION_STAGES,
@@ -42,10 +42,11 @@ from instaqnas.training.experiment import (
     load_network,
     teacher_checkpoint,
 )
-from instaqnas.training.fit import EpochResult, TrainState, fit
+from instaqnas.training.fit import TrainState, fit
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
 from instaqnas.training.pictures import draw_detections, draw_objects
 from instaqnas.training.policy_epoch import Judge, Outcome, train_policy_epoch
+from instaqnas.training.preflight import quick_preflight
 from instaqnas.training.report import ReportRow, choice_name, format_table, write_report
 from instaqnas.training.run_dir import RunDir, best_checkpoint, set_aside
 from instaqnas.training.runtime import keep_freed_memory
@@ -63,6 +64,7 @@ class DetectorTraining:
     experiment: Experiment
     run_dir: RunDir
     detector: SwitchableSSD
+    network: nn.Module  # the detector as `distributed.parallel` returns it
     average: AveragedModel | None
     settings: TrainConfig
     loader: DetectionLoader
@@ -78,53 +80,63 @@ class DetectorTraining:
         distill: Distill | None = None,
     ) -> DetectorTraining:
         """Builds optimizer, schedule, average and training data."""
+        experiment.check_shares(f"{run_dir.stage}.batch_size", settings.batch_size, settings.accumulate)
         loader = experiment.train_loader(settings.batch_size, run_dir.stage)
         optimizer = build_optimizer(detector, settings)
         scheduler = build_scheduler(optimizer, settings, len(loader))
+        network = distributed.parallel(detector)
         networks, average = {"detector": detector}, None
         if settings.ema_decay:
             average = AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
             average.update_parameters(detector)  # the first update copies; later ones, after a resumption too, average
             networks = {"detector": average.module, "trained_detector": detector}
         state = TrainState(networks, {"detector": optimizer}, scheduler)
-        return DetectorTraining(experiment, run_dir, detector, average, settings, loader, state, distill)
+        return DetectorTraining(experiment, run_dir, detector, network, average, settings, loader, state, distill)
 
     @property
     def result(self) -> SwitchableSSD:
         """What is validated, drawn, judged and handed on: the average where there is one."""
         return self.detector if self.average is None else self.average.module
 
-    def epoch(self, epoch: int, choose_bits: ChooseBits) -> DetectorEpoch:
-        """One pass over the training split."""
-        self.loader.set_epoch(epoch)
-        bar = tqdm(self.loader, desc=f"{self.run_dir.stage} {epoch + 1}/{self.settings.epochs}", leave=False)
-        first_step = epoch * len(self.loader)
-        writer = self.run_dir.open_tensorboard(first_step)
+    def epoch(self, epoch: int, choose_bits: ChooseBits) -> dict[str, float]:
+        """One pass over the training split, or what is left of it after an interruption; returns its mean losses."""
+        sums = self.state.sums("detector")
+        self.loader.set_epoch(epoch, first_batch=sums.steps)
+        text = f"{self.run_dir.stage} {epoch + 1}/{self.settings.epochs}"
+        bar = distributed.progress_bar(self.loader, text, sums.steps)
 
-        def after_step(step: int, scalars: dict[str, float]) -> None:
+        def after_step(scalars: dict[str, float]) -> None:
             if self.average is not None:
                 self.average.update_parameters(self.detector)
             bar.set_postfix(loss=f"{scalars['loss']:.3f}")
-            done = first_step + step + 1
+            done = self.state.detector_steps(len(self.loader))
             if done % LOG_EVERY == 0:
-                for name, value in scalars.items():
-                    writer.add_scalar(f"step/{name}", value, done)
+                self.run_dir.log_step(done, _prefixed("step", scalars))
+            self.save_if_due()
 
-        return train_detector_epoch(
-            self.detector,
+        train_detector_epoch(
+            self.network,
             bar,
             choose_bits,
             self.state.optimizers["detector"],
             self.state.scheduler,
+            sums=sums,
+            accumulate=self.settings.accumulate,
             clip_grad_norm=self.settings.clip_grad_norm,
             device=self.experiment.device,
             on_step=after_step,
             distill=self.distill,
         )
+        return _prefixed("train", sums.means())
+
+    def save_if_due(self) -> None:
+        """Saves within an epoch, `save_minutes` after the last time."""
+        if self.settings.save_minutes and self.run_dir.minutes_unsaved >= self.settings.save_minutes:
+            self.run_dir.save(self.state.state_dict())
 
     def fit(
         self,
-        train_epoch: Callable[[int], EpochResult],
+        train_epoch: Callable[[int], dict[str, float]],
         choose_bits: Callable[[], ChooseBits],
         *,
         policy_cost: float = 0.0,
@@ -151,15 +163,13 @@ class DetectorTraining:
         fit(
             self.run_dir,
             self.state,
-            epochs=self.settings.epochs,
+            self.settings,
             steps_per_epoch=len(self.loader),
             train_epoch=train_epoch,
             after_training=after_training,
             validate=None if val_loader is None else validate,
             keep_best=keep_best,
             add_pictures=add_pictures,
-            eval_every=self.settings.eval_every,
-            save_every=self.settings.save_every,
         )
 
     def _reestimate_batch_norm(self, choose_bits: ChooseBits, batches: int) -> None:
@@ -169,16 +179,18 @@ class DetectorTraining:
         def forward() -> None:
             for batch in islice(loader, batches):
                 images = batch.images.to(self.experiment.device)
-                self.result(images, choose_bits(images))
+                self.result(images, choose_bits(images, batch.keys))
 
         reestimate_batch_norm(self.result, forward)
 
 
+@distributed.reporting_lost_processes()
 def run_pretrain(command: Command) -> None:
     """Full precision, then quantized under uniformly random bit configurations."""
-    experiment = _start(command)
+    stages = ("pretrain_quant",) if command.init else ("pretrain_fp32", "pretrain_quant")
+    experiment = _start(command, *stages)
     if command.restart:  # both before the first begins: an interruption must not leave the new one beside the old
-        for stage in ("pretrain_quant",) if command.init else ("pretrain_fp32", "pretrain_quant"):
+        for stage in stages:
             set_aside(command.run / stage)
     source = command.init
     if source is None:
@@ -192,12 +204,7 @@ def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
     detector = experiment.detector(DetectorBits.full_precision())
     training = DetectorTraining.begin(experiment, run_dir, detector, command.config.pretrain_fp32)
     choose = experiment.choose_fixed(detector)
-
-    def train_epoch(epoch: int) -> EpochResult:
-        result = training.epoch(epoch, choose)
-        return EpochResult(_prefixed("train", result.losses), result.choices)
-
-    training.fit(train_epoch, lambda: choose)
+    training.fit(lambda epoch: training.epoch(epoch, choose), lambda: choose)
 
 
 def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> None:
@@ -208,27 +215,24 @@ def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> N
         full = experiment.detector(DetectorBits.full_precision())
         load_network(experiment, full, "detector", source, stages=FULL_PRECISION_STAGES)
         copy_weights(full, detector)
-        images = experiment.calibration_images()
-        choices = experiment.choose_random("calibration")(images)
-        calibrate(detector, lambda: detector(images, choices))
+        batch = experiment.calibration_batch()
+        choices = experiment.choose_random("calibration")(batch.images, batch.keys)
+        with alone():
+            calibrate(detector, lambda: detector(batch.images, choices))
     distill = _distillation(experiment, source, settings.distill_weight)
     training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
-    choose = experiment.choose_sandwich if settings.sandwich else experiment.choose_random
-
-    def train_epoch(epoch: int) -> EpochResult:
-        result = training.epoch(epoch, choose("pretrain_quant", epoch))
-        return EpochResult(_prefixed("train", result.losses), result.choices)
-
+    choose = (experiment.choose_sandwich if settings.sandwich else experiment.choose_random)("pretrain_quant")
     training.fit(
-        train_epoch,
+        lambda epoch: training.epoch(epoch, choose),
         lambda: experiment.choose_random("validate"),
         batch_norm_batches=settings.batch_norm_batches,
     )
 
 
+@distributed.reporting_lost_processes()
 def run_search(command: Command) -> None:
     """Every epoch trains the policy, then the detector under configurations sampled from it."""
-    experiment, config = _start(command), command.config
+    experiment, config = _start(command, "search"), command.config
     settings = config.search
     source = command.init or finished_checkpoint(command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py")
     detector, policy = experiment.quantized_detector(), experiment.policy()
@@ -246,21 +250,25 @@ def run_search(command: Command) -> None:
     )
     if not run_dir.last.exists():
         load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
-        images = experiment.calibration_images()
-        calibrate(policy, lambda: policy(images))
+        images = experiment.calibration_batch().images
+        with alone():
+            calibrate(policy, lambda: policy(images))
     distill = _distillation(experiment, teacher, settings.distill_weight)
     training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
     state = training.state
     state.networks["policy"] = policy
     state.optimizers["policy"] = torch.optim.Adam(policy.parameters(), lr=settings.policy_lr)
+    experiment.check_shares("search.policy_batch_size", settings.policy_batch_size)
+    policy_network = distributed.parallel(policy)
     policy_loader = experiment.plain_train_loader(settings.policy_batch_size, "search policy")
 
-    def train_epoch(epoch: int) -> EpochResult:
+    def train_epoch(epoch: int) -> dict[str, float]:
         progress = epoch / max(1, settings.epochs - 1)
         epsilon = settings.epsilon_start + (settings.epsilon_end - settings.epsilon_start) * progress
         training.result.eval()
-        policy_loader.set_epoch(epoch)
-        bar = tqdm(policy_loader, desc=f"search {epoch + 1}/{settings.epochs} policy", leave=False)
+        sums = state.sums("policy")
+        policy_loader.set_epoch(epoch, first_batch=sums.steps)
+        bar = distributed.progress_bar(policy_loader, f"search {epoch + 1}/{settings.epochs} policy", sums.steps)
 
         def after_step(scalars: dict[str, float]) -> None:
             bar.set_postfix(loss=f"{scalars['policy/loss']:.3f}", reward=f"{scalars['reward/sampled']:.3f}")
@@ -271,25 +279,24 @@ def run_search(command: Command) -> None:
                     config.reward.target_gbitops,
                     config.reward.multiplier_lr,
                 )
+            training.save_if_due()
 
-        policy_epoch = train_policy_epoch(
-            policy,
+        train_policy_epoch(
+            policy_network,
             bar,
             _judge(experiment, training.result, costs, policy_cost, state, progress),
             state.optimizers["policy"],
+            sums=sums,
             epsilon=epsilon,
             entropy_beta=settings.entropy_beta,
             normalize_advantage=settings.normalize_advantage,
             device=experiment.device,
-            generator=generator(config.seed, "policy samples", epoch),
+            draw=experiment.draw("policy samples"),
             on_step=after_step,
         )
         policy.eval()
-        choose = sampled_by(policy, epsilon, generator(config.seed, "search", epoch))
-        detector_epoch = training.epoch(epoch, choose)
-        extra = {"policy/epsilon": epsilon, "policy/multiplier": state.multiplier}
-        scalars = {**policy_epoch.scalars, **extra, **_prefixed("train", detector_epoch.losses)}
-        return EpochResult(scalars, detector_epoch.choices)
+        losses = training.epoch(epoch, sampled_by(policy, epsilon, experiment.draw("search")))
+        return {**sums.means(), "policy/epsilon": epsilon, "policy/multiplier": state.multiplier, **losses}
 
     policy.eval()
     # The highest mAP would be that of an early, expensive policy: what counts is where the search ends.
@@ -320,9 +327,10 @@ def _check_costs(settings: RewardConfig, costs: CostTable, policy_cost: float) -
         )
 
 
+@distributed.reporting_lost_processes()
 def run_finetune(command: Command) -> None:
     """The detector under the frozen, greedy policy."""
-    experiment, config = _start(command), command.config
+    experiment, config = _start(command, "finetune"), command.config
     settings = config.finetune
     source = command.init or finished_checkpoint(command.run, "search", config.search, "search.py")
     teacher = teacher_checkpoint(command, "finetune", settings)
@@ -344,22 +352,18 @@ def run_finetune(command: Command) -> None:
     training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
     training.state.networks["policy"] = policy
     choose = greedy_by(policy)
-
-    def train_epoch(epoch: int) -> EpochResult:
-        result = training.epoch(epoch, choose)
-        return EpochResult(_prefixed("train", result.losses), result.choices)
-
     training.fit(
-        train_epoch,
+        lambda epoch: training.epoch(epoch, choose),
         lambda: choose,
         policy_cost=policy_gbitops(policy, detector.image_size),
         batch_norm_batches=settings.batch_norm_batches,
     )
 
 
+@distributed.reporting_lost_processes()
 def run_eval(command: Command) -> None:
     """Measures one way to choose bits, or compares all, on the test split."""
-    experiment = _start(command)
+    experiment = _start(command, "eval")
     names = [command.bits]
     if command.bits == "all":
         if command.init is not None:
@@ -372,6 +376,8 @@ def run_eval(command: Command) -> None:
     sources = {name: command.init or _row_source(command, name) for name in names}  # all, before the first is measured
     loader = experiment.test_loader()
     rows = [_evaluate_row(experiment, name, source, loader) for name, source in sources.items()]
+    if not distributed.is_writer():
+        return
     folder = command.run / "eval"
     if command.bits != "all":
         folder = folder / command.bits.replace(":", "_")
@@ -415,14 +421,19 @@ def _evaluate_row(experiment: Experiment, name: str, source: Path, loader: Detec
     return ReportRow(name, source, detector.choices, experiment.evaluate(detector, loader, choose, policy_cost))
 
 
-def _start(command: Command) -> Experiment:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+def _start(command: Command, *stages: str) -> Experiment:
+    """The parts, once it is known that the data of `stages` is whole and the disk has room for them."""
+    distributed.start(command.config.device)
+    level = logging.INFO if distributed.is_writer() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     logging.captureWarnings(capture=True)
     keep_freed_memory()
     if command.config.runtime.threads:
         torch.set_num_threads(command.config.runtime.threads)
     compile_passes(command.config.runtime.compile)
-    return Experiment(command.config)
+    experiment = Experiment(command.config)
+    quick_preflight(experiment, command.run, *stages)
+    return experiment
 
 
 def _distillation(experiment: Experiment, teacher: Path | None, weight: float) -> Distill | None:
@@ -433,10 +444,11 @@ def _distillation(experiment: Experiment, teacher: Path | None, weight: float) -
     load_network(experiment, network, "detector", teacher, stages=FULL_PRECISION_STAGES)
     choose = experiment.choose_fixed(network)
 
-    def distill(images: Tensor, output: SSDOutput) -> Tensor:
+    def distill(parts: Sequence[Tensor]) -> list[Callable[[SSDOutput], Tensor]]:
         with torch.no_grad():
-            wanted = network(images, choose(images))
-        return weight * distillation_loss(output, wanted)
+            teachers = [network(images, choose(images, ())) for images in parts]
+            positives = total(torch.stack([foreground(teacher).sum() for teacher in teachers]).sum())
+        return [lambda output, teacher=t: weight * distillation_loss(output, teacher, positives) for t in teachers]
 
     return distill
 
@@ -499,11 +511,12 @@ def _add_pictures(
     step: int,
 ) -> None:
     """A few images with true and predicted boxes, to TensorBoard."""
+    if not distributed.is_writer():
+        return
     was_training = detector.training
     detector.eval()
-    found = detect(detector, batch.images, choose_bits(batch.images), experiment.config.eval)
+    found = detect(detector, batch.images, choose_bits(batch.images, batch.keys), experiment.config.eval)
     detector.train(was_training)
-    writer = run_dir.open_tensorboard(step)
     for index in range(len(batch.images)):
         shown = found.scores[index] >= PICTURE_SCORE
         objects = batch.labels[index] > 0
@@ -514,7 +527,7 @@ def _add_pictures(
             found.labels[index, shown].cpu(),
             experiment.class_names,
         )
-        writer.add_image(f"detections/{index}", picture, step)
+        run_dir.log_picture(f"detections/{index}", picture, step)
 
 
 def _prefixed(prefix: str, scalars: dict[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from instaqnas.data.loader import Batch, DetectionDataset, EpochBatchSampler, co
 from instaqnas.data.transforms import eval_transform, train_transform
 from instaqnas.data.voc import Annotation
 from instaqnas.errors import InputError
+from instaqnas.seeds import SampleKey
 
 
 def make_annotations(folder: Path, count: int) -> list[Annotation]:
@@ -45,7 +46,7 @@ def read_epoch(loader, epoch: int) -> list[Batch]:
 def assert_same(batches: list[Batch], others: list[Batch]) -> None:
     assert len(batches) == len(others)
     for batch, other in zip(batches, others, strict=True):
-        assert batch.image_ids == other.image_ids
+        assert (batch.image_ids, batch.keys) == (other.image_ids, other.keys)
         for name in ("images", "boxes_xyxy", "labels", "difficult"):
             assert torch.equal(getattr(batch, name), getattr(other, name)), name
 
@@ -75,8 +76,8 @@ def test_cached_images_are_those_read_each_time_where_they_are_small_enough(anno
         annotations, train_transform(32, vertical_flip=True), seed=3, images=load_images(annotations, 60)
     )
     for index in range(len(annotations)):
-        assert torch.equal(cached[1, index]["image"], dataset[1, index]["image"])
-        assert torch.equal(cached[1, index]["boxes"], dataset[1, index]["boxes"])
+        assert torch.equal(cached[SampleKey(1, index)]["image"], dataset[SampleKey(1, index)]["image"])
+        assert torch.equal(cached[SampleKey(1, index)]["boxes"], dataset[SampleKey(1, index)]["boxes"])
 
 
 def test_larger_cached_images_are_shrunk_and_their_boxes_with_them(annotations):
@@ -84,7 +85,7 @@ def test_larger_cached_images_are_shrunk_and_their_boxes_with_them(annotations):
         return sample
 
     cached = DetectionDataset(annotations, keep, images=load_images(annotations, 30))
-    sample = cached[0, 2]
+    sample = cached[SampleKey(0, 2)]
     assert sample["image"].shape == (3, 30, 40)
     assert sample["boxes"].tolist() == [[5, 5, 30, 25]] * 2
 
@@ -96,15 +97,60 @@ def test_a_later_epoch_can_be_read_without_the_earlier_ones(dataset):
     assert_same(read_epoch(loader, 1), read_epoch(fresh, 1))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_an_epoch_can_begin_at_any_batch(dataset, workers, first):
+    loader = make_loader(dataset, 3, shuffle=True, seed=5, workers=workers)
+    whole = read_epoch(loader, 1)
+    loader.set_epoch(1, first_batch=first)
+    assert_same(list(loader), whole[first:])
+    assert len(loader) == 3
+    assert_same(read_epoch(loader, 1), whole)
+
+
+def test_the_batches_before_the_first_are_not_read(annotations):
+    read = []
+    dataset = DetectionDataset(annotations, lambda sample: read.append(1) or eval_transform(32)(sample))
+    loader = make_loader(dataset, 3, shuffle=True, seed=5, workers=0)
+    loader.set_epoch(1, first_batch=2)
+    assert len(list(loader)) == len(read) == 1
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_processes_share_every_batch_and_read_each_image_once(dataset, processes):
+    whole = read_epoch(make_loader(dataset, 3, shuffle=True, seed=5, workers=0), 1)
+    shares = [
+        read_epoch(make_loader(dataset, 3, shuffle=True, seed=5, workers=0, share=(rank, processes)), 1)
+        for rank in range(processes)
+    ]
+    for number, batch in enumerate(whole):
+        parts = [share[number] for share in shares if number < len(share)]
+        sizes = [len(part.keys) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        images = {key: image for part in parts for key, image in zip(part.keys, part.images, strict=True)}
+        assert sum(sizes) == len(images)
+        assert list(sorted(images, key=lambda key: key.place)) == batch.keys
+        assert all(torch.equal(images[key], image) for key, image in zip(batch.keys, batch.images, strict=True))
+
+
+def test_a_batch_splits_into_equal_parts_in_order(dataset):
+    batch = collate([dataset[SampleKey(0, i, i)] for i in range(6)])
+    parts = batch.split(3)
+    assert [part.image_ids for part in parts] == [["id0", "id1"], ["id2", "id3"], ["id4", "id5"]]
+    assert [part.keys[0].place for part in parts] == [0, 2, 4]
+    for name in ("images", "boxes_xyxy", "labels", "difficult"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+
+
 def test_pixels_differ_between_epochs_seeds_and_indices_of_the_same_image(annotations):
     transform = train_transform(32, vertical_flip=True)
     twice = [annotations[2], annotations[2]]
     dataset, other_seed = (DetectionDataset(twice, transform, seed=seed) for seed in (0, 1))
-    images = [dataset[0, 0], dataset[1, 0], dataset[0, 1], other_seed[0, 0]]
+    images = [dataset[SampleKey(0, 0)], dataset[SampleKey(1, 0)], dataset[SampleKey(0, 1)], other_seed[SampleKey(0, 0)]]
     for i, first in enumerate(images):
         for second in images[i + 1 :]:
             assert not torch.equal(first["image"], second["image"])
-    assert torch.equal(dataset[0, 0]["image"], images[0]["image"])
+    assert torch.equal(dataset[SampleKey(0, 0)]["image"], images[0]["image"])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -120,19 +166,19 @@ def test_loading_does_not_reseed_accelerators(dataset, monkeypatch):
         raise AssertionError(f"CUDA was seeded with {seed}")
 
     monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
-    assert dataset[0, 2]["image"].shape == (3, 32, 32)
+    assert dataset[SampleKey(0, 2)]["image"].shape == (3, 32, 32)
 
 
 def test_loading_does_not_depend_on_the_random_state_of_the_process(dataset):
     torch.manual_seed(1)
-    first = dataset[0, 2]["image"]
+    first = dataset[SampleKey(0, 2)]["image"]
     torch.manual_seed(2)
-    assert torch.equal(dataset[0, 2]["image"], first)
+    assert torch.equal(dataset[SampleKey(0, 2)]["image"], first)
 
 
 def test_the_dataset_can_be_sent_to_another_process(dataset):
     copy = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(copy[0, 2]["image"], dataset[0, 2]["image"])
+    assert torch.equal(copy[SampleKey(0, 2)]["image"], dataset[SampleKey(0, 2)]["image"])
 
 
 def test_evaluation_reads_all_images_in_order_with_all_objects(annotations):
@@ -140,6 +186,11 @@ def test_evaluation_reads_all_images_in_order_with_all_objects(annotations):
     loader = make_loader(DetectionDataset(annotations, eval_transform(40)), 3, shuffle=False, seed=0, workers=0)
     batches = list(loader)
     assert len(loader) == 3
+    assert [batch.keys for batch in batches] == [
+        [SampleKey(0, 0, 0), SampleKey(0, 1, 1), SampleKey(0, 2, 2)],
+        [SampleKey(0, 3, 0), SampleKey(0, 4, 1), SampleKey(0, 5, 2)],
+        [SampleKey(0, 6, 0)],
+    ]
     assert [b.image_ids for b in batches] == [["id0", "id1", "id2"], ["id3", "id4", "id5"], ["id6"]]
     assert batches[0].image_ids == ["id0", "id1", "id2"]
     assert batches[0].labels.tolist() == [[0, 0], [2, 0], [2, 2]]
@@ -154,12 +205,12 @@ def test_evaluation_reads_all_images_in_order_with_all_objects(annotations):
 def test_training_leaves_difficult_objects_out(annotations):
     annotations[2].difficult[:] = True
     dataset = DetectionDataset(annotations, train_transform(32, vertical_flip=False))
-    assert dataset[0, 2]["labels"].shape == (0,)
-    assert len(dataset[0, 5]["labels"]) > 0
+    assert dataset[SampleKey(0, 2)]["labels"].shape == (0,)
+    assert len(dataset[SampleKey(0, 5)]["labels"]) > 0
 
 
 def test_collate_has_the_documented_types_and_layout(dataset):
-    batch = collate([dataset[0, i] for i in range(4)])
+    batch = collate([dataset[SampleKey(0, i)] for i in range(4)])
     assert (batch.images.shape, batch.images.dtype) == ((4, 3, 32, 32), torch.uint8)
     assert batch.images.is_contiguous()
     assert batch.boxes_xyxy.dtype == torch.float32
@@ -168,10 +219,10 @@ def test_collate_has_the_documented_types_and_layout(dataset):
 
 
 def test_a_batch_moves_all_its_tensors(dataset):
-    moved = collate([dataset[0, 2]]).to("meta")
+    moved = collate([dataset[SampleKey(0, 2)]]).to("meta")
     tensors = (moved.images, moved.boxes_xyxy, moved.labels, moved.difficult)
     assert {t.device.type for t in tensors} == {"meta"}
-    assert moved.image_ids == ["id2"]
+    assert (moved.image_ids, moved.keys) == (["id2"], [SampleKey(0, 2)])
 
 
 @pytest.mark.parametrize(
@@ -196,12 +247,12 @@ def test_every_epoch_has_its_own_order_of_all_samples():
     for epoch in range(3):
         sampler.set_epoch(epoch)
         keys = [key for batch in sampler for key in batch]
-        assert {e for e, _ in keys} == {epoch}
-        assert sorted(index for _, index in keys) == list(range(20))
-        orders.append(tuple(index for _, index in keys))
+        assert {key.epoch for key in keys} == {epoch}
+        assert sorted(key.index for key in keys) == list(range(20))
+        orders.append(tuple(key.index for key in keys))
     assert len(set(orders)) == 3
     other_seed = EpochBatchSampler(20, 20, seed=1, shuffle=True, drop_last=False)
-    assert tuple(index for _, index in next(iter(other_seed))) != orders[0]
+    assert tuple(key.index for key in next(iter(other_seed))) != orders[0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -218,5 +269,5 @@ def test_an_image_of_another_size_than_its_annotation_is_an_error(annotations):
     path = annotations[0].image_path
     cv2.imwrite(str(path), np.zeros((80, 60, 3), np.uint8))
     with pytest.raises(InputError) as caught:
-        DetectionDataset(annotations, eval_transform(32))[0, 0]
+        DetectionDataset(annotations, eval_transform(32))[SampleKey(0, 0)]
     assert str(caught.value) == f"{path}: 60 x 80 pixels, but its annotation says 80 x 60"

@@ -309,3 +309,49 @@ def test_a_broken_image_is_named(tmp_path, content):
 def test_an_absent_image_is_named(tmp_path):
     with pytest.raises(InputError, match=r"gone\.jpg: cannot be read: No such file"):
         voc.read_image(tmp_path / "gone.jpg")
+
+
+# --- The check of a whole split ---------------------------------------------------------------------------------------
+
+
+def test_a_check_goes_on_after_a_problem_and_names_each(tmp_path):
+    good = object_xml((1, 1, 10, 10))
+    bodies = {
+        "a": SIZE + good + object_xml((50, 33, 50, 33)),
+        "b": SIZE + object_xml((9, 1, 5, 9)),
+        "c": SIZE.replace("100", "99") + good,
+        "d": SIZE + good + good,
+        "e": SIZE + good,
+    }
+    root = write_root(tmp_path / "07", bodies)
+    (root / "JPEGImages/d.jpg").write_bytes(b"\xff\xd8\xff\xe0\0\0")
+    (root / "JPEGImages/e.jpg").unlink()
+    held = voc.check_split([tmp_path / "gone", root], "train", ("cat", "dog"))
+    assert (held.images, held.objects) == (3, 4)
+    assert held.without_area == ["a.xml object 1"]
+    assert held.problems == [
+        f"{tmp_path}/gone: not a folder",
+        f"{root}/Annotations/b.xml: object 0: xmax 5 < xmin 9",
+        f"{root}/JPEGImages/e.jpg: no such image, nor as .jpeg, .png",
+        f"{root}/JPEGImages/c.jpg: 100 x 80 pixels, but its annotation says 99 x 80",
+        f"{root}/JPEGImages/d.jpg: not a readable image",
+    ]
+
+
+def test_a_check_of_a_clean_split_finds_no_problem_and_one_without_objects_is_a_problem(tmp_path):
+    root = write_root(tmp_path / "a", {"a": SIZE + object_xml((1, 1, 10, 10)), "b": SIZE})
+    assert voc.check_split([root], "train", ("cat",)) == voc.SplitCheck(2, 1, [], [])
+    root = write_root(tmp_path / "b", {"a": SIZE})
+    assert voc.check_split([root], "train", ("cat",)).problems == [f"split 'train' of {root}: no objects"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_a_header_is_read_in_stored_pixels(tmp_path, suffix):
+    root = write_root(tmp_path, {"a": SIZE + object_xml((1, 1, 10, 10))})
+    (root / "JPEGImages/a.jpg").unlink()
+    cv2.imwrite(str(root / f"JPEGImages/a{suffix}"), np.zeros((80, 100, 3), np.uint8))
+    (annotation,) = voc.read_split([root], "train", ("cat",))
+    voc.check_image_header(annotation)
+    annotation.image_path.unlink()
+    with pytest.raises(InputError, match=rf"a\{suffix}: cannot be read: No such file"):
+        voc.check_image_header(annotation)

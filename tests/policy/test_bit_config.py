@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from instaqnas.policy.bit_config import (
+    Draw,
     entropy,
     fixed,
     greedy_by,
@@ -19,18 +20,27 @@ from instaqnas.policy.bit_config import (
     sandwich,
     uniformly_random,
 )
+from instaqnas.seeds import SampleKey, uniform_numbers
 
 PROBABILITIES = torch.tensor(
     [[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], [[0.25, 0.5, 0.25], [1.0, 0.0, 0.0]]]
 )  # B=2, L=2, K=3
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(positions: int, *parts: int | str) -> Draw:
+    return lambda keys: uniform_numbers(keys, positions, *parts)
 
 
 def images(count: int) -> Tensor:
     return torch.zeros(count, 3, 4, 4)
+
+
+def keys(count: int, epoch: int = 0) -> list[SampleKey]:
+    return [SampleKey(epoch, index, place=index) for index in range(count)]
 
 
 class Table(nn.Module):
@@ -63,15 +73,15 @@ def test_log_prob_is_the_sum_over_positions_by_hand() -> None:
 
 
 def test_probabilities_of_all_configurations_sum_to_one() -> None:
-    probabilities = torch.randn(1, 3, 4, generator=generator()).softmax(-1)
+    probabilities = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
     configurations = torch.cartesian_prod(*[torch.arange(4)] * 3)
     total = log_prob(probabilities.expand(64, -1, -1), configurations).exp().sum()
     assert total.item() == pytest.approx(1.0, rel=1e-5)
 
 
 def test_log_prob_agrees_with_torchs_categorical() -> None:
-    logits = torch.randn(5, 13, 3, generator=generator(1))
-    choices = torch.randint(3, (5, 13), generator=generator(2))
+    logits = torch.randn(5, 13, 3, generator=torch.Generator().manual_seed(1))
+    choices = torch.randint(3, (5, 13), generator=torch.Generator().manual_seed(2))
     expected = torch.distributions.Categorical(logits=logits).log_prob(choices).sum(-1)
     torch.testing.assert_close(log_prob(logits.softmax(-1), choices), expected)
 
@@ -101,100 +111,111 @@ def test_entropy_of_a_policy_that_is_certain_has_a_finite_gradient() -> None:
 
 def test_sampled_frequencies_are_the_probabilities() -> None:
     count = 20_000
-    drawn = sample(PROBABILITIES.repeat(count, 1, 1), generator()).view(count, 2, 2)
+    drawn = sample(PROBABILITIES.repeat(count, 1, 1), uniform(2 * count, 2)).view(count, 2, 2)
     frequencies = nn.functional.one_hot(drawn, 3).double().mean(0)
     torch.testing.assert_close(frequencies, PROBABILITIES.double(), rtol=0, atol=0.015)  # four standard deviations
     assert (drawn[:, 1, 1] == 0).all()
 
 
-def test_positions_are_sampled_independently() -> None:
-    drawn = sample(torch.full((20_000, 2, 2), 0.5), generator())
-    both = (drawn[:, 0] * drawn[:, 1]).double().mean().item()
-    assert both == pytest.approx(0.25, abs=0.015)
+@pytest.mark.parametrize(
+    "number, chosen", [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2), (1 - 2**-53, 2)], ids=str
+)
+def test_the_choice_is_where_the_number_falls_among_the_cumulative_probabilities(number: float, chosen: int) -> None:
+    drawn = sample(PROBABILITIES[:1, :1], torch.tensor([[number]], dtype=torch.float64))
+    assert drawn.tolist() == [[chosen]]
 
 
-def test_the_same_seed_gives_the_same_samples_and_another_seed_others() -> None:
-    probabilities = torch.full((8, 13, 3), 1 / 3)
-    first = sample(probabilities, generator(4))
-    assert torch.equal(sample(probabilities, generator(4)), first)
-    assert not torch.equal(sample(probabilities, generator(5)), first)
+@pytest.mark.parametrize("probabilities", [[0.0, 0.3, 0.7], [0.3, 0.0, 0.7], [0.3, 0.7, 0.0], [0.3, 0.6999, 0.0]])
+@pytest.mark.parametrize("number", [0.0, 0.3, 0.99999, 1 - 2**-52])
+def test_what_has_probability_zero_is_never_drawn(probabilities: list[float], number: float) -> None:
+    drawn = sample(torch.tensor([[probabilities]]), torch.tensor([[number]], dtype=torch.float64)).item()
+    assert probabilities[drawn] > 0
 
 
 def test_sampling_does_not_touch_torchs_own_random_state() -> None:
     before = torch.get_rng_state()
-    sample(torch.full((8, 13, 3), 1 / 3), generator())
-    uniformly_random(13, 3, generator())(images(4))
+    sample(torch.full((8, 13, 3), 1 / 3), draw(13)(keys(8)))
+    uniformly_random(3, draw(13))(images(4), keys(4))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_devices_draw_the_same_samples() -> None:
     probabilities = torch.full((8, 13, 3), 1 / 3)
-    drawn = sample(probabilities.cuda(), generator(4))
+    drawn = sample(probabilities.cuda(), uniform(8, 13))
     assert drawn.is_cuda
-    assert torch.equal(drawn.cpu(), sample(probabilities, generator(4)))
+    assert torch.equal(drawn.cpu(), sample(probabilities, uniform(8, 13)))
 
 
 # --- Ways to choose ---------------------------------------------------------------------------------------------------
 
 
 def test_uniformly_random_gives_every_choice_everywhere_alike() -> None:
-    drawn = uniformly_random(3, 4, generator())(images(8000))
+    drawn = uniformly_random(4, draw(3))(images(8000), keys(8000))
     assert drawn.shape == (8000, 3)
     frequencies = nn.functional.one_hot(drawn, 4).double().mean(0)
     torch.testing.assert_close(frequencies, torch.full((3, 4), 0.25).double(), rtol=0, atol=0.02)
 
 
-def test_uniformly_random_goes_on_from_call_to_call_and_repeats_from_its_seed() -> None:
-    choose, again = (uniformly_random(13, 3, generator(1)) for _ in range(2))
-    first, second = choose(images(4)), choose(images(4))
-    assert not torch.equal(first, second)
-    assert torch.equal(again(images(4)), first)
-    assert torch.equal(again(images(4)), second)
+@pytest.mark.parametrize("number, choice", [(0.0, 0), (0.19, 0), (0.21, 1), (0.61, 3), (1 - 2**-53, 4)], ids=str)
+def test_uniformly_random_divides_the_unit_interval_into_equal_parts(number: float, choice: int) -> None:
+    choose = uniformly_random(5, lambda keys: torch.full((len(keys), 2), number, dtype=torch.float64))
+    assert choose(images(1), keys(1)).tolist() == [[choice, choice]]
 
 
-@pytest.mark.parametrize(
-    "count, cheapest, dearest", [(1, 1, 0), (2, 1, 1), (3, 1, 1), (4, 2, 1), (5, 2, 2), (32, 11, 11)]
-)
-def test_sandwich_gives_the_first_third_the_cheapest_choice_and_the_second_the_dearest(
-    count: int, cheapest: int, dearest: int
-) -> None:
+@pytest.mark.parametrize("way", ["random", "sandwich", "sampled"])
+def test_the_configuration_of_an_image_does_not_depend_on_the_batch_it_is_in(way: str) -> None:
+    choices = [(2, 2), (3, 3), (4, 4)]
+    choose = {
+        "random": uniformly_random(3, draw(13)),
+        "sandwich": sandwich(choices, draw(13)),
+        "sampled": sampled_by(Table(torch.zeros(13, 3)), 0.5, draw(13)),
+    }[way]
+    whole = choose(images(9), keys(9))
+    parts = [choose(images(len(part)), part) for part in (keys(9)[::2], keys(9)[1:6:2], keys(9)[7:])]
+    assert torch.equal(torch.cat(parts), torch.cat([whole[::2], whole[1:6:2], whole[7:]]))
+    assert len({tuple(row) for row in whole.tolist()}) > 3
+
+
+def test_configurations_differ_between_images_epochs_and_purposes() -> None:
+    drawn = [
+        uniformly_random(3, draw(13, *purpose))(images(4), keys(4, epoch))
+        for purpose in ((0, "a"), (1, "a"), (0, "b"))
+        for epoch in (0, 1)
+    ]
+    assert len({tuple(row) for rows in drawn for row in rows.tolist()}) == 24
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 32])
+def test_sandwich_gives_in_turn_the_cheapest_choice_the_dearest_and_random_ones(count: int) -> None:
     choices = [(4, 4), (2, 7), (8, 3), (3, 4)]  # 16, 14, 24, 12
-    drawn = sandwich(13, choices, generator())(images(count)).tolist()
-    assert drawn[:cheapest] == [[3] * 13] * cheapest
-    assert drawn[cheapest : cheapest + dearest] == [[2] * 13] * dearest
-    assert all(len(set(row)) > 1 for row in drawn[cheapest + dearest :])
+    drawn = sandwich(choices, draw(13))(images(count), keys(count)).tolist()
     assert len(drawn) == count
+    assert all(row == [3] * 13 for row in drawn[::3])
+    assert all(row == [2] * 13 for row in drawn[1::3])
+    assert all(len(set(row)) > 1 for row in drawn[2::3])
 
 
 def test_the_last_third_of_a_sandwich_has_every_choice_everywhere_alike() -> None:
-    drawn = sandwich(3, [(2, 2), (3, 3), (4, 4), (5, 5)], generator())(images(24_000))[16_000:]
+    drawn = sandwich([(2, 2), (3, 3), (4, 4), (5, 5)], draw(3))(images(24_000), keys(24_000))[2::3]
     frequencies = nn.functional.one_hot(drawn, 4).double().mean(0)
     torch.testing.assert_close(frequencies, torch.full((3, 4), 0.25).double(), rtol=0, atol=0.02)
 
 
-def test_sandwiches_go_on_from_call_to_call_and_repeat_from_their_seed() -> None:
-    choose, again = (sandwich(13, [(2, 2), (4, 4)], generator(1)) for _ in range(2))
-    first, second = choose(images(6)), choose(images(6))
-    assert not torch.equal(first, second)
-    assert torch.equal(again(images(6)), first)
-    assert torch.equal(again(images(6)), second)
-
-
 def test_fixed_gives_every_image_the_same_configuration() -> None:
-    assert fixed([2, 0, 1])(images(3)).tolist() == [[2, 0, 1]] * 3
+    assert fixed([2, 0, 1])(images(3), keys(3)).tolist() == [[2, 0, 1]] * 3
 
 
 def test_greedy_takes_the_most_likely_choice() -> None:
     policy = Table(torch.tensor([[0.1, 0.3, 0.2], [5.0, -1.0, 4.9]]))
-    drawn = greedy_by(policy)(images(2))
+    drawn = greedy_by(policy)(images(2), keys(2))
     assert drawn.tolist() == [[1, 0], [1, 0]]
     assert not drawn.requires_grad
 
 
 def test_samples_of_a_policy_follow_the_mixed_distribution() -> None:
     policy = Table(torch.tensor([[10.0, -10.0, -10.0], [0.0, math.log(3.0), -30.0]]))
-    drawn = sampled_by(policy, 0.3, generator())(images(20_000))
+    drawn = sampled_by(policy, 0.3, draw(2))(images(20_000), keys(20_000))
     frequencies = nn.functional.one_hot(drawn, 3).double().mean(0)
     expected = torch.tensor([[0.8, 0.1, 0.1], [0.7 * 0.25 + 0.1, 0.7 * 0.75 + 0.1, 0.1]]).double()
     torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.015)

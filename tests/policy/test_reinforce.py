@@ -88,7 +88,7 @@ def test_self_critical_reinforce_finds_the_best_arm_of_every_context() -> None:
         context = torch.randint(contexts, (64,), generator=g)
         logits = table[context]
         behaviour = mix_uniform(logits, 0.5 * (1 - step / 250))
-        choices = sample(behaviour, g)
+        choices = sample(behaviour, torch.rand(behaviour.shape[:2], generator=g, dtype=torch.float64))
         advantage = reward_of(context, choices) - reward_of(context, logits.argmax(-1))
         spread = entropy(logits.softmax(-1)).sum(-1)
         loss = policy_gradient_loss(log_prob(behaviour, choices), advantage, spread, 0.001)
@@ -121,7 +121,7 @@ def test_reinforce_with_dual_ascent_settles_at_the_target_cost_and_spends_it_whe
         context = torch.randint(contexts, (64,), generator=g)
         logits = table[context]
         behaviour = mix_uniform(logits, 0.1)
-        choices = sample(behaviour, g)
+        choices = sample(behaviour, torch.rand(behaviour.shape[:2], generator=g, dtype=torch.float64))
 
         def reward_of(dear: Tensor, context: Tensor = context, multiplier: float = multiplier) -> Tensor:
             return budget(gain[context] * dear, 1.0 + dear, target=target, multiplier=multiplier)

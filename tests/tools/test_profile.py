@@ -10,7 +10,7 @@ import pytest
 from instaqnas.data.voc import VOC_CLASSES
 from instaqnas.tools.profile import class_names_of, main
 
-VOC_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "voc.yaml"
+VOC_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "voc_paper.yaml"
 
 
 @pytest.fixture
@@ -59,13 +59,13 @@ def test_params_are_those_of_the_full_precision_detector(counted: dict) -> None:
 
 
 def test_policy_is_counted_apart(counted: dict) -> None:
-    # (side of the output, channels in, channels out, side of the kernel); the input is 300 / 8 = 37 pixels a side
+    # (side of the output, channels in, channels out, side of the kernel); the input is 300 / 2 = 150 pixels a side
     layers = [
-        (19, 3, 16, 7),
-        *[(10, 16, 16, 3)] * 2,
-        *[(5, 16, 32, 3), (5, 32, 32, 3), (5, 16, 32, 1)],
-        *[(3, 32, 64, 3), (3, 64, 64, 3), (3, 32, 64, 1)],
-        *[(2, 64, 128, 3), (2, 128, 128, 3), (2, 64, 128, 1)],
+        (75, 3, 16, 7),
+        *[(38, 16, 16, 3)] * 2,
+        *[(19, 16, 32, 3), (19, 32, 32, 3), (19, 16, 32, 1)],
+        *[(10, 32, 64, 3), (10, 64, 64, 3), (10, 32, 64, 1)],
+        *[(5, 64, 128, 3), (5, 128, 128, 3), (5, 64, 128, 1)],
         (1, 128, 13 * 3, 1),
     ]
     macs = sum(side**2 * inputs * outputs * kernel**2 for side, inputs, outputs, kernel in layers)

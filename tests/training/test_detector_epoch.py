@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,40 +12,46 @@ from instaqnas.data.loader import Batch
 from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD
 from instaqnas.policy.bit_config import fixed
 from instaqnas.quant.switchable import calibrate
-from instaqnas.training.detector_epoch import DetectorEpoch, train_detector_epoch
+from instaqnas.seeds import SampleKey
+from instaqnas.training.detector_epoch import Distill, train_detector_epoch
+from instaqnas.training.epoch_sums import EpochSums
 
 CONFIG = [0, 1] * 6 + [0]
+KEYS = [SampleKey(0, 0), SampleKey(0, 1)]
 
 
 def random_batch() -> Batch:
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[[5.0, 5, 40, 40]], [[20.0, 10, 60, 50]]])
-    return Batch(images, boxes, torch.tensor([[1], [2]]), torch.zeros(2, 1, dtype=torch.bool), ["a", "b"])
+    return Batch(images, boxes, torch.tensor([[1], [2]]), torch.zeros(2, 1, dtype=torch.bool), ["a", "b"], KEYS)
 
 
 def train_one_step(
-    clip_grad_norm: float, distill: Callable[[Tensor, SSDOutput], Tensor] | None = None
-) -> tuple[dict[str, Tensor], DetectorEpoch]:
-    """How far every parameter moves in one step of SGD at learning rate 1, and what the epoch returns."""
+    clip_grad_norm: float, distill: Distill | None = None, batch: Batch | None = None, accumulate: int = 1
+) -> tuple[dict[str, Tensor], EpochSums]:
+    """How far every parameter moves in one step of SGD at learning rate 1, and what the epoch measures."""
     torch.manual_seed(0)
     bits = DetectorBits([(2, 2), (4, 4)], (8, 8), (8, 8), (4, 4), (8, 8))
     detector = SwitchableSSD(3, bits, image_size=64, width=0.125)
-    batch = random_batch()
-    calibrate(detector, lambda: detector(batch.images, fixed(CONFIG)(batch.images)))
+    first = random_batch()
+    calibrate(detector, lambda: detector(first.images, fixed(CONFIG)(first.images, KEYS)))
     before = {name: p.detach().clone() for name, p in detector.named_parameters()}
     optimizer = torch.optim.SGD(detector.parameters(), lr=1.0)
-    epoch = train_detector_epoch(
+    sums = EpochSums()
+    train_detector_epoch(
         detector,
-        [batch],
+        [batch or first],
         fixed(CONFIG),
         optimizer,
         torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        sums=sums,
+        accumulate=accumulate,
         clip_grad_norm=clip_grad_norm,
         device=torch.device("cpu"),
-        on_step=lambda step, scalars: None,
+        on_step=lambda scalars: None,
         distill=distill,
     )
-    return {name: p.detach() - before[name] for name, p in detector.named_parameters()}, epoch
+    return {name: p.detach() - before[name] for name, p in detector.named_parameters()}, sums
 
 
 def test_clipping_scales_all_gradients_but_those_of_quantizers() -> None:
@@ -60,17 +66,31 @@ def test_clipping_scales_all_gradients_but_those_of_quantizers() -> None:
         assert torch.equal(clipped[name], free[name])
 
 
-def test_a_further_loss_is_added_logged_and_learned_from() -> None:
-    def distill(images: Tensor, output: SSDOutput) -> Tensor:
-        assert images.shape == (2, 3, 64, 64)
-        return 3 + (output.box_offsets - output.box_offsets.detach()).sum()
+def test_parts_of_a_batch_have_the_gradients_of_the_whole() -> None:
+    """Parts of the same images, so that BatchNorm is not to be seen; of other objects, so that positives differ."""
+    pair = random_batch()
+    boxes = torch.tensor([[[5.0, 5, 40, 40]], [[20, 10, 60, 50]], [[2, 30, 50, 60]], [[0, 0, 0, 0]]])
+    labels, difficult = torch.tensor([[1], [2], [2], [0]]), torch.zeros(4, 1, dtype=torch.bool)
+    batch = Batch(pair.images.repeat(2, 1, 1, 1), boxes, labels, difficult, list("abcd"), KEYS * 2)
+    (whole, whole_sums), (parts, sums) = (train_one_step(0.0, None, batch, accumulate) for accumulate in (1, 2))
+    assert sums.means() == pytest.approx(whole_sums.means(), rel=1e-5)
+    assert (sums.steps, sums.images) == (1, 4)
+    assert torch.equal(sums.choices, whole_sums.choices)
+    for name, move in whole.items():
+        torch.testing.assert_close(parts[name], move, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    assert max(move.abs().max() for move in whole.values()) > 1
 
-    (plain, plain_epoch), (moves, epoch) = train_one_step(0.0), train_one_step(0.0, distill)
-    assert set(plain_epoch.losses) == {"loss", "loss_box", "loss_class"}
-    assert epoch.losses == {
-        **plain_epoch.losses,
-        "loss": pytest.approx(plain_epoch.losses["loss"] + 3),
-        "loss_distill": 3,
-    }
+
+def test_a_further_loss_is_added_logged_and_learned_from() -> None:
+    def distill(parts: Sequence[Tensor]) -> list[Callable[[SSDOutput], Tensor]]:
+        assert [images.shape for images in parts] == [(2, 3, 64, 64)]
+        return [lambda output: 3 + (output.box_offsets - output.box_offsets.detach()).sum()]
+
+    (plain, plain_sums), (moves, sums) = train_one_step(0.0), train_one_step(0.0, distill)
+    losses = plain_sums.means()
+    assert set(losses) == {"loss", "loss_box", "loss_class"}
+    assert sums.means() == {**losses, "loss": pytest.approx(losses["loss"] + 3), "loss_distill": 3}
+    assert (sums.steps, sums.images) == (1, 2)
+    assert sums.choices.tolist() == [[2, 0], [0, 2]] * 6 + [[2, 0]]
     bias = "box_heads.5.bias"  # one cell, six boxes: its gradient is the number of images
     torch.testing.assert_close(moves[bias], plain[bias] - 2)

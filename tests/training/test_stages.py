@@ -14,6 +14,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import instaqnas.training.detector_epoch as detector_epoch
 import instaqnas.training.stages as stages
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.config import Config, from_plain, parse_command
@@ -223,7 +224,7 @@ def test_infinite_loss_stops_naming_step_and_images_and_keeps_the_checkpoint(
 ) -> None:
     run = copy_stages(finished_run, tmp_path / "run", "search")
     monkeypatch.setattr(
-        stages.SwitchableSSD, "loss", lambda *_: {"box": torch.tensor(math.inf), "class": torch.ones(())}
+        detector_epoch, "multibox_loss", lambda *_: {"box": torch.tensor(math.inf), "class": torch.ones(())}
     )
     with pytest.raises(TrainingError, match=r"step 0: loss is inf; images of the batch: train_00000\d, train_00000\d"):
         stages.run_finetune(make_command("finetune", run))
@@ -331,7 +332,7 @@ class Watch:
     trained: the trained detector before the first step and after each.
     measured: the detector at each validation.
     judging: the detector that judges the policy, at the beginning of each epoch.
-    epochs: what each epoch of the detector returned.
+    choices: bit configurations that the detector was trained under.
     distill: the loss of the last epoch.
     """
 
@@ -339,20 +340,23 @@ class Watch:
         self.trained: list[State] = []
         self.measured: list[State] = []
         self.judging: list[State] = []
-        self.epochs: list[stages.DetectorEpoch] = []
+        self.choices: list[torch.Tensor] = []
         self.distill: stages.Distill | None = None
         train, evaluate, judge = stages.train_detector_epoch, stages.Experiment.evaluate, stages._judge
 
-        def watched_train(detector, *args, on_step, distill, **settings):
-            def after_step(*step) -> None:
+        def watched_train(detector, batches, choose_bits, *args, on_step, distill, **settings):
+            def after_step(scalars: dict[str, float]) -> None:
                 self.trained.append(copied(detector))
-                on_step(*step)
+                on_step(scalars)
+
+            def watched_choose(*images) -> torch.Tensor:
+                self.choices.append(choose_bits(*images))
+                return self.choices[-1]
 
             if not self.trained:
                 self.trained.append(copied(detector))
             self.distill = distill
-            self.epochs.append(train(detector, *args, on_step=after_step, distill=distill, **settings))
-            return self.epochs[-1]
+            train(detector, batches, watched_choose, *args, on_step=after_step, distill=distill, **settings)
 
         def watched_evaluate(experiment, detector, *args):
             self.measured.append(copied(detector))
@@ -410,11 +414,10 @@ def test_distillation_and_sandwich_in_quantized_pretraining(
     command = make_command("pretrain", tmp_path / "run", "--init", str(teacher), *options)
     stages.run_pretrain(command)
 
-    choices = watch.epochs[0].choices
-    assert choices.shape == (8, 13)
-    for batch in choices.split(4):
-        assert batch[:3].tolist() == [[0] * 13, [0] * 13, [2] * 13]
-        assert len(batch[3].unique()) > 1
+    assert [batch.shape for batch in watch.choices] == [(4, 13)] * 2
+    for batch in watch.choices:
+        assert batch[[0, 1, 3]].tolist() == [[0] * 13, [2] * 13, [0] * 13]
+        assert len(batch[2].unique()) > 1
     losses = json.loads((tmp_path / "run" / "pretrain_quant" / "metrics.jsonl").read_text())
     parts = [losses[f"train/loss_{name}"] for name in ("box", "class", "distill")]
     assert min(parts) > 0
@@ -429,7 +432,7 @@ def test_distillation_and_sandwich_in_quantized_pretraining(
     output = stages.SSDOutput(torch.zeros_like(wanted.box_offsets), torch.zeros_like(wanted.class_logits))
     expected = 0.5 * stages.distillation_loss(output, wanted)
     assert expected > 0
-    torch.testing.assert_close(watch.distill(images, output), expected)
+    torch.testing.assert_close(watch.distill([images])[0](output), expected)
 
 
 def test_distillation_without_a_full_precision_network_names_what_is_missing(

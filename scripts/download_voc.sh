@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Fetches PASCAL VOC 2007 and 2012 into data/VOCdevkit: scripts/download_voc.sh [--root FOLDER] [--mirror FOLDER]
+#
+# It needs 6 GB of disk, of which the archives, half of it, can go afterwards. Repeat it after an interruption.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh
+exec .venv/bin/python -m instaqnas.tools.download_voc "$@"

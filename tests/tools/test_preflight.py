@@ -1,0 +1,200 @@
+"""The checks before a long training: what they find, and how they come to their times."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from instaqnas.config import Config, parse_command
+from instaqnas.data.shapes import generate_shapes
+from instaqnas.errors import InputError
+from instaqnas.tools import preflight as tool
+from instaqnas.tools.preflight import Forward, StageFigures, due, main, seconds_per_image, steps_for, used_images
+
+CONFIG = """
+data: {{roots: [{root}], val_split: val, workers: 0}}
+detector: {{image_size: 64, width: 0.125, extras_batch_norm: true}}
+bits: {{choices: [[2, 2], [4, 4]]}}
+policy: {{pool: 4, width: 4}}
+pretrain_fp32: {{epochs: 7, batch_size: 4, eval_every: 3, save_every: 2}}
+pretrain_quant: {{epochs: 10, batch_size: 4}}
+search: {{epochs: 3, batch_size: 4, policy_batch_size: 6}}
+finetune: {{epochs: 1, batch_size: 4}}
+eval: {{batch_size: 2}}
+runtime: {{compile: off}}
+device: cpu
+"""
+STAGES = ["pretrain_fp32", "pretrain_quant", "search", "finetune", "eval"]
+ONE_PIXEL = "<bndbox><xmin>5</xmin><ymin>9</ymin><xmax>5</xmax><ymax>9</ymax></bndbox>"
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("preflight") / "shapes"
+    generate_shapes(root, {"train": 50, "val": 9, "test": 11}, image_size=64, seed=3)
+    return root
+
+
+@pytest.fixture
+def config_file(shapes: Path, tmp_path: Path) -> Path:
+    shutil.copytree(shapes, tmp_path / "shapes")  # some tests harm it
+    (tmp_path / "tiny.yaml").write_text(CONFIG.format(root=tmp_path / "shapes"))
+    return tmp_path / "tiny.yaml"
+
+
+def harm(root: Path, image_id: str) -> None:
+    (root / f"JPEGImages/{image_id}.jpg").write_bytes(b"no image")
+
+
+def read(config_file: Path) -> Config:
+    return parse_command("eval", ["--config", str(config_file)]).config
+
+
+# --- Times ------------------------------------------------------------------------------------------------------------
+
+
+def passes(*starts: float, images: int = 4) -> list[Forward]:
+    return [Forward(start, images) for start in starts]
+
+
+def test_seconds_per_image_are_those_between_forward_passes() -> None:
+    assert seconds_per_image(passes(10, 12, 14, 16), workers=0) == 0.5
+    assert seconds_per_image([Forward(0, 4), Forward(2, 2), Forward(3, 1)], workers=0) == 0.5  # the last has no end
+
+
+def test_batches_that_arrive_in_bursts_are_counted_in_whole_bursts() -> None:
+    # three workers take 6 seconds for a batch each: 2 seconds a batch
+    assert seconds_per_image(passes(6, 6, 6, 12, 12, 12, 18), workers=3) == 0.5
+    assert seconds_per_image(passes(6, 6, 6, 12, 12, 12, 18, 18), workers=3) == 0.5
+    assert seconds_per_image(passes(6, 8), workers=3) == 0.5  # too few to choose
+
+
+def test_steps_are_whole_bursts_and_one() -> None:
+    assert [steps_for(8, workers) for workers in (0, 1, 2, 3, 8)] == [8, 8, 9, 10, 17]
+
+
+def test_counts_of_an_epoch() -> None:
+    assert [used_images(images, 4) for images in (50, 48, 4, 3)] == [48, 48, 4, 3]
+    assert [due(epochs, 3) for epochs in (1, 3, 7, 9)] == [1, 1, 3, 3]
+
+
+def test_a_stage_takes_what_its_parts_take() -> None:
+    figures = StageFigures("search", 0, 7.0, 10, 100.0, 3, 20.0, 5, 2.0)
+    assert figures.seconds == 7 + 1000 + 60 + 10
+
+
+@pytest.fixture
+def measure(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], StageFigures]:
+    """Measures a stage by a clock that goes on by one second with every forward pass it notes."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(tool.ShortExperiment, "_now", lambda _self: float(next(seconds)))
+    monkeypatch.setattr(tool.multiprocessing, "set_start_method", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(tool, "_seconds_of_a_save", lambda _path: 0.0)
+    monkeypatch.setattr(tool, "STEPS", 3)
+    monkeypatch.setattr(tool, "POLICY_STEPS", 3)
+    (tmp_path / "run").mkdir()
+    return lambda stage: tool.measure_stage(read(config_file), tmp_path / "run", stage, 0)
+
+
+def test_times_of_all_stages_by_a_clock_of_forward_passes(measure: Callable[[str], StageFigures]) -> None:
+    measured = {stage: measure(stage) for stage in STAGES}
+    epochs = {stage: (figures.epochs, figures.epoch_seconds) for stage, figures in measured.items()}
+    training = 50 // 4  # steps, one second each
+    policy = 50 // 6
+    assert epochs == {
+        "pretrain_fp32": (7, training),
+        "pretrain_quant": (10, training),
+        "search": (3, pytest.approx(training + policy)),
+        "finetune": (1, training),
+        "eval": (0, 0),
+    }
+    evaluations = {s: (f.evaluations, f.evaluation_seconds, f.saves) for s, f in measured.items()}
+    assert evaluations == {  # half a second an image: 9 of val, 11 of test
+        "pretrain_fp32": (3, 4.5, 4),
+        "pretrain_quant": (2, 4.5, 10),
+        "search": (1, 4.5, 3),
+        "finetune": (1, 4.5, 1),
+        "eval": (1, 5.5, 0),
+    }
+
+
+# --- What is found ----------------------------------------------------------------------------------------------------
+
+
+def test_all_is_measured_and_nothing_left_behind(config_file: Path, tmp_path: Path, capsys) -> None:
+    main(["--config", str(config_file), "--run", str(tmp_path / "runs" / "tiny"), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["problems"] == []
+    assert [(part["split"], part["images"]) for part in result["data"]] == [("train", 50), ("val", 9), ("test", 11)]
+    assert [figures["stage"] for figures in result["stages"]] == STAGES
+    assert all(figures["seconds"] > 0 for figures in result["stages"])
+    assert all(1e8 < figures["memory_bytes"] < 1e10 for figures in result["stages"])
+    assert 0 < result["disk"]["needed_gb"] < result["disk"]["free_gb"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes", "tiny.yaml"]
+
+
+def test_boxes_without_area_are_reported_and_are_no_problem(config_file: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "shapes/Annotations/val_000003.xml"
+    name = path.read_text().split("<name>")[1].split("</name>")[0]
+    addition = f"<object><name>{name}</name>{ONE_PIXEL}</object></annotation>"
+    objects = path.read_text().count("<object>")
+    path.write_text(path.read_text().replace("</annotation>", addition))
+    main(["--config", str(config_file), "--quick"])
+    printed = capsys.readouterr().out.splitlines()
+    assert f"val: dropped boxes without area: 1 (val_000003.xml object {objects})" in printed
+    assert printed[0].startswith("train: 50 images, ")
+
+
+def test_every_problem_of_the_data_is_a_line_and_nothing_is_measured(
+    config_file: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "_in_fresh_process", None)
+    root = tmp_path / "shapes"
+    for image_id in ("train_000002", "train_000004", "test_000001"):
+        harm(root, image_id)
+    (root / "Annotations/val_000001.xml").unlink()
+    with pytest.raises(SystemExit) as left:
+        main(["--config", str(config_file)])
+    assert left.value.code == 2
+    problems = [line for line in capsys.readouterr().err.splitlines() if line.startswith("problem: ")]
+    assert problems == [
+        f"problem: {root}/JPEGImages/train_000002.jpg: not a readable image",
+        f"problem: {root}/JPEGImages/train_000004.jpg: not a readable image",
+        f"problem: {root}/Annotations/val_000001.xml: cannot be read: No such file or directory",
+        f"problem: {root}/JPEGImages/test_000001.jpg: not a readable image",
+    ]
+
+
+def test_a_data_root_that_is_not_there_is_a_problem(config_file: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--config", str(config_file), "--data.roots", f"[{tmp_path}/gone]"])
+    assert left.value.code == 2
+    assert f"problem: {tmp_path}/gone: not a folder" in capsys.readouterr().err
+
+
+def test_a_stage_that_fails_is_a_problem_and_ends_the_measurement(config_file: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--config", str(config_file), "--pretrain_fp32.pretrained", "absent.pth", "--json"])
+    assert left.value.code == 2
+    result = json.loads(capsys.readouterr().out)
+    assert result["stages"] == []
+    (problem,) = result["problems"]
+    assert problem.startswith("pretrain_fp32: ")
+    assert "absent.pth" in problem
+
+
+def test_a_process_that_is_killed_is_a_problem() -> None:
+    with pytest.raises(InputError, match="was killed, probably for want of memory"):
+        tool._in_fresh_process(partial(os._exit, 9))
+
+
+def test_a_stage_larger_than_the_memory_is_a_problem() -> None:
+    stages = [StageFigures(stage, size, 0, 0, 0, 0, 0, 0, 0) for stage, size in (("search", 10**15), ("eval", 1))]
+    (problem,) = tool._too_large(stages, tool.torch.device("cpu"))
+    assert problem.startswith("search: needs 1000000.0 GB of memory, there are ")
