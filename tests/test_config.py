@@ -403,6 +403,25 @@ def test_from_plain_fills_in_defaults_and_refuses_unknown_keys() -> None:
         from_plain({"data": {"rots": ["voc"]}})
 
 
+@pytest.mark.parametrize("quantizer", ["pact", "dorefa"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weights", "nested", 'bits.weights: expected shared or separate for bits.quantizer = {}, got "nested"'),
+        ("per_channel", True, "bits.per_channel: expected false for bits.quantizer = {}, got true"),
+    ],
+)
+def test_what_only_lsq_has_is_refused_for_other_quantizers(
+    quantizer: str, name: str, value: object, message: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        from_plain({"data": {"roots": ["voc"]}, "bits": {"quantizer": quantizer, name: value}})
+    assert str(error.value) == message.format(quantizer)
+    for lsq in ("lsq", "lsq_plus"):
+        config = from_plain({"data": {"roots": ["voc"]}, "bits": {"quantizer": lsq, name: value}})
+        assert getattr(config.bits, name) == value
+
+
 def test_a_config_from_before_a_setting_existed_is_completed_with_its_default() -> None:
     now, old = (to_plain(Config(data=DataConfig(roots=["voc"]))) for _ in range(2))
     for section in ("pretrain_fp32", "pretrain_quant", "search", "finetune"):

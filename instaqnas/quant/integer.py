@@ -145,7 +145,7 @@ class IntegerConv2d(nn.Module):
 
 
 class IntegerMatrix:
-    """A matrix [out, in] of integers of up to 16 bits, kept as the machine multiplies it exactly."""
+    """A matrix [out, in] of integers of up to 13 bits, kept as the machine multiplies it exactly."""
 
     def __init__(self, matrix: Tensor) -> None:
         bits = exact_weight_bits()
