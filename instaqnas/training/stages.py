@@ -173,11 +173,11 @@ class DetectorTraining:
         )
 
     def _reestimate_batch_norm(self, choose_bits: ChooseBits, batches: int) -> None:
-        """The result's statistics, from training images as evaluation sees them."""
-        loader = self.experiment.plain_train_loader(self.settings.batch_size, f"{self.run_dir.stage} batch norm")
+        """The result's statistics, from augmented images: what the weights have been trained for."""
+        self.loader.set_epoch(self.settings.epochs)
 
         def forward() -> None:
-            for batch in islice(loader, batches):
+            for batch in islice(self.loader, batches):
                 images = batch.images.to(self.experiment.device)
                 self.result(images, choose_bits(images, batch.keys))
 

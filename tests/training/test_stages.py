@@ -470,7 +470,9 @@ def assert_stem_has_the_statistics_of_the_train_split(state: State, config: Conf
 
     detector.backbone.stem.norm.register_forward_pre_hook(record)
     with torch.no_grad():
-        for batch in experiment.eval_loader("train", config.data.roots):
+        loader = experiment.train_loader(config.finetune.batch_size, "finetune")
+        loader.set_epoch(config.finetune.epochs)
+        for batch in loader:
             detector(batch.images, torch.zeros(len(batch.images), 13, dtype=torch.int64))
     together = torch.cat(inputs)
     assert len(together) == 8
@@ -478,7 +480,7 @@ def assert_stem_has_the_statistics_of_the_train_split(state: State, config: Conf
     torch.testing.assert_close(state["backbone.stem.norm.running_var"][0], together.var((0, 2, 3)))
 
 
-def test_batch_norm_ends_with_the_statistics_of_plain_training_images(
+def test_batch_norm_ends_with_the_statistics_of_augmented_training_images(
     finished_run: Path, make_command, tmp_path: Path, watch: Watch
 ) -> None:
     run = copy_stages(finished_run, tmp_path / "run", "search")
