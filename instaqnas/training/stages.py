@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from instaqnas.config import Command, RewardConfig, TrainConfig
+from instaqnas.config import Command, Config, RewardConfig, TrainConfig
 from instaqnas.data.loader import Batch, DetectionLoader
 from instaqnas.detector.distillation import distillation_loss, foreground
 from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD, copy_weights, detector_costs
@@ -50,6 +50,9 @@ from instaqnas.training.preflight import quick_preflight
 from instaqnas.training.report import ReportRow, choice_name, format_table, write_report
 from instaqnas.training.run_dir import RunDir, best_checkpoint, set_aside
 from instaqnas.training.runtime import keep_freed_memory
+
+# An `Experiment` from a config; the preflight has one of its own, on a few images.
+BuildExperiment = Callable[[Config], Experiment]
 
 log = logging.getLogger(__name__)
 PICTURE_SCORE = 0.3
@@ -185,10 +188,10 @@ class DetectorTraining:
 
 
 @distributed.reporting_lost_processes()
-def run_pretrain(command: Command) -> None:
+def run_pretrain(command: Command, build: BuildExperiment = Experiment) -> None:
     """Full precision, then quantized under uniformly random bit configurations."""
     stages = ("pretrain_quant",) if command.init else ("pretrain_fp32", "pretrain_quant")
-    experiment = _start(command, *stages)
+    experiment = _start(command, build, *stages)
     if command.restart:  # both before the first begins: an interruption must not leave the new one beside the old
         for stage in stages:
             set_aside(command.run / stage)
@@ -230,9 +233,9 @@ def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> N
 
 
 @distributed.reporting_lost_processes()
-def run_search(command: Command) -> None:
+def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
     """Every epoch trains the policy, then the detector under configurations sampled from it."""
-    experiment, config = _start(command, "search"), command.config
+    experiment, config = _start(command, build, "search"), command.config
     settings = config.search
     source = command.init or finished_checkpoint(command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py")
     detector, policy = experiment.quantized_detector(), experiment.policy()
@@ -328,9 +331,9 @@ def _check_costs(settings: RewardConfig, costs: CostTable, policy_cost: float) -
 
 
 @distributed.reporting_lost_processes()
-def run_finetune(command: Command) -> None:
+def run_finetune(command: Command, build: BuildExperiment = Experiment) -> None:
     """The detector under the frozen, greedy policy."""
-    experiment, config = _start(command, "finetune"), command.config
+    experiment, config = _start(command, build, "finetune"), command.config
     settings = config.finetune
     source = command.init or finished_checkpoint(command.run, "search", config.search, "search.py")
     teacher = teacher_checkpoint(command, "finetune", settings)
@@ -361,9 +364,9 @@ def run_finetune(command: Command) -> None:
 
 
 @distributed.reporting_lost_processes()
-def run_eval(command: Command) -> None:
+def run_eval(command: Command, build: BuildExperiment = Experiment) -> None:
     """Measures one way to choose bits, or compares all, on the test split."""
-    experiment = _start(command, "eval")
+    experiment = _start(command, build, "eval")
     names = [command.bits]
     if command.bits == "all":
         if command.init is not None:
@@ -421,7 +424,7 @@ def _evaluate_row(experiment: Experiment, name: str, source: Path, loader: Detec
     return ReportRow(name, source, detector.choices, experiment.evaluate(detector, loader, choose, policy_cost))
 
 
-def _start(command: Command, *stages: str) -> Experiment:
+def _start(command: Command, build: BuildExperiment, *stages: str) -> Experiment:
     """The parts, once it is known that the data of `stages` is whole and the disk has room for them."""
     distributed.start(command.config.device)
     level = logging.INFO if distributed.is_writer() else logging.ERROR
@@ -431,7 +434,7 @@ def _start(command: Command, *stages: str) -> Experiment:
     if command.config.runtime.threads:
         torch.set_num_threads(command.config.runtime.threads)
     compile_passes(command.config.runtime.compile)
-    experiment = Experiment(command.config)
+    experiment = build(command.config)
     quick_preflight(experiment, command.run, *stages)
     return experiment
 

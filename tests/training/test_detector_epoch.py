@@ -77,7 +77,8 @@ def test_parts_of_a_batch_have_the_gradients_of_the_whole() -> None:
     assert (sums.steps, sums.images) == (1, 4)
     assert torch.equal(sums.choices, whole_sums.choices)
     for name, move in whole.items():
-        torch.testing.assert_close(parts[name], move, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        # Some are what is left of sums of tens of thousands of terms of both signs.
+        torch.testing.assert_close(parts[name], move, rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
     assert max(move.abs().max() for move in whole.values()) > 1
 
 
