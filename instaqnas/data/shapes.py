@@ -13,11 +13,14 @@ from __future__ import annotations
 import colorsys
 import json
 import math
+import multiprocessing
 import os
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +36,7 @@ MIN_IMAGE_SIZE = 64  # below, the smallest objects have fewer than ten pixels a 
 JPEG_QUALITY = 92
 SUPERSAMPLING = 2
 PLACEMENT_TRIES = 20
+IMAGES_PER_PROCESS = 500  # fewer are drawn while a further process starts
 
 
 class Drawing(NamedTuple):
@@ -438,22 +442,37 @@ def _holds(root: Path, request: dict) -> bool:
 def _write_tree(tree: Path, request: dict) -> None:
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (tree / folder).mkdir(parents=True)
-    difficulties = ["image_id,difficulty"]
+    images = []
     for split, count in request["counts"].items():
-        image_ids = [f"{split}_{index:06d}" for index in range(count)]
-        _write_lines(tree / "ImageSets" / "Main" / f"{split}.txt", image_ids)
-        rngs = _image_rngs(request["seed"], split, count)
-        for image_id, rng in zip(image_ids, rngs, strict=True):
-            difficulty = round(rng.uniform(), 4)
-            _write_image(tree, image_id, draw_image(rng, request["image_size"], difficulty))
-            difficulties.append(f"{image_id},{difficulty:.4f}")
-    _write_lines(tree / "difficulty.csv", difficulties)
+        own = [(split, index) for index in range(count)]
+        _write_lines(tree / "ImageSets" / "Main" / f"{split}.txt", [_image_id(*image) for image in own])
+        images += own
+    write = partial(_write_drawing, tree, request["seed"], request["image_size"])
+    _write_lines(tree / "difficulty.csv", ["image_id,difficulty", *_in_processes(write, images)])
     _write_lines(tree / "labels.txt", [shape.name for shape in SHAPES])
     _write_lines(tree / STAMP, [json.dumps(request)])
 
 
-def _image_rngs(seed: int, split: str, count: int) -> Iterator[np.random.Generator]:
-    return (np.random.default_rng([seed, SPLITS.index(split), index]) for index in range(count))
+def _in_processes(write: Callable[[tuple[str, int]], str], images: list[tuple[str, int]]) -> Iterable[str]:
+    """What `write` returns for each image, by as many processes as there are CPUs and as pay."""
+    processes = min(os.cpu_count() or 1, len(images) // IMAGES_PER_PROCESS)
+    if processes < 2:
+        return map(write, images)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(write, images, chunksize=50))
+
+
+def _write_drawing(tree: Path, seed: int, image_size: int, image: tuple[str, int]) -> str:
+    """Draws an image, (split, index); returns its line of difficulty.csv."""
+    split, index = image
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    difficulty = round(rng.uniform(), 4)
+    _write_image(tree, _image_id(*image), draw_image(rng, image_size, difficulty))
+    return f"{_image_id(*image)},{difficulty:.4f}"
+
+
+def _image_id(split: str, index: int) -> str:
+    return f"{split}_{index:06d}"
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
