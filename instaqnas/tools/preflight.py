@@ -167,8 +167,8 @@ class ShortExperiment(Experiment):
         return self._noting(super().detector(bits), "detector")
 
     def quantized_detector(self) -> SwitchableSSD:
-        """The quantized detector. The script that asks for it in the first stage goes on to the second."""
-        if self.stage == "pretrain_fp32":
+        """The quantized detector. The script that asks for it when the first stage has trained begins the second."""
+        if self.stage == "pretrain_fp32" and self.passes["detector"]:
             raise Measured
         return super().quantized_detector()
 

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from instaqnas.config import Command, Config, RewardConfig, TrainConfig
 from instaqnas.data.loader import Batch, DetectionLoader
 from instaqnas.detector.distillation import distillation_loss, foreground
+from instaqnas.detector.pretrained import load_pretrained
 from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy import reward as rewards
@@ -205,6 +206,9 @@ def run_pretrain(command: Command, build: BuildExperiment = Experiment) -> None:
 def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
     run_dir = RunDir(command.run, "pretrain_fp32", experiment.plain, experiment.class_names)
     detector = experiment.detector(DetectorBits.full_precision())
+    pretrained = command.config.pretrain_fp32.pretrained
+    if pretrained and not run_dir.last.exists():
+        log.info("%s: %s", pretrained, load_pretrained(detector, pretrained))
     training = DetectorTraining.begin(experiment, run_dir, detector, command.config.pretrain_fp32)
     choose = experiment.choose_fixed(detector)
     training.fit(lambda epoch: training.epoch(epoch, choose), lambda: choose)
