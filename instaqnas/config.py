@@ -157,7 +157,7 @@ class TrainConfig:
         warmup_epochs: epochs of linear rise to the peak.
         weight_decay: on convolution weights only.
         step_size_lr_factor: learning rate of the quantizers' step sizes relative to `lr`.
-        clip_grad_norm: largest gradient norm; 0 does not clip.
+        clip_grad_norm: largest norm of the gradients, of those of quantizers and of all others; 0 does not clip.
         eval_every: epochs between evaluations on the val split (the last epoch is always evaluated).
         save_every: epochs between checkpoints (the last epoch is always saved).
         save_minutes: minutes between checkpoints within an epoch; 0 has none there.

@@ -55,7 +55,7 @@ def train_detector_epoch(
         scheduler: stepped once a batch.
         sums: what is measured is added here, step by step; its steps are the number of the first one.
         accumulate: parts of a batch that are computed one after the other; each has BatchNorm statistics of its own.
-        clip_grad_norm: largest gradient norm; 0 does not clip.
+        clip_grad_norm: largest norm of the gradients, of those of quantizers and of all others; 0 does not clip.
         on_step: called after every step with its losses.
         distill: a further loss, `distill`, already weighted.
 
@@ -125,11 +125,13 @@ def _of_all_processes(losses: dict[str, Tensor], images: int, counts: Tensor) ->
 
 
 def _clip_gradients(parameters: list[nn.Parameter], of_quantizers: list[nn.Parameter], largest_norm: float) -> Tensor:
-    """Scales the gradients of `parameters` down to `largest_norm` (0: not at all), not those of quantizers, whose scale
-    is their own.
+    """Scales the gradients of `parameters` down to `largest_norm` (0: not at all), those of quantizers on their own.
 
-    Returns: the norm before, NaN or infinite where any gradient is, those of quantizers included.
+    Step sizes have few but large gradients: together, those would leave nothing of the others.
+
+    Returns: the norm of the first before, NaN or infinite where any gradient is, those of quantizers included.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm or math.inf)
-    quantizer_norm = torch.nn.utils.get_total_norm([p.grad for p in of_quantizers if p.grad is not None])
-    return norm + 0 * quantizer_norm
+    norm, of_steps = (
+        torch.nn.utils.clip_grad_norm_(group, largest_norm or math.inf) for group in (parameters, of_quantizers)
+    )
+    return norm + 0 * of_steps
