@@ -242,7 +242,9 @@ def test_single_evaluation_does_not_touch_the_comparison(finished_run: Path, mak
     assert single == [row for row in read_report(finished_run)["rows"] if row["bits"] == "uniform:w3a3"]
 
 
-@pytest.mark.parametrize("name", ["shapes", "bccd", "bccd_small", "voc"])
+@pytest.mark.parametrize(
+    "name", ["shapes", "shapes_cliff", "shapes_wide", "shapes_paper", "bccd", "bccd_small", "bccd_cliff", "voc"]
+)
 def test_shipped_config_is_valid(name: str) -> None:
     assert parse_command("pretrain", ["--config", f"configs/{name}.yaml"]).run == Path("runs") / name
 
