@@ -1,9 +1,9 @@
 """Evaluates a run on the test split: detection quality, GBitOps, and the bits that each image got.
 
     python eval.py --config configs/shapes.yaml
-    python eval.py --config configs/shapes.yaml --bits uniform:w3a4
+    python eval.py --config configs/shapes.yaml --bits all
 
-Takes the latest stage in the run's folder; `--bits` compares the policy with fixed or random bit-widths.
+Takes the latest stage in the run's folder; `--bits` measures other ways to choose bits, or compares all.
 """
 
 import sys

@@ -1,9 +1,11 @@
 """Finetunes the detector under the frozen policy, which now always takes its most probable choice.
 
     python finetune.py --config configs/shapes.yaml
+    python finetune.py --config configs/shapes.yaml --bits static
 
 Starts from what search.py left in the run's folder and follows the section `finetune`; the same command continues an
-interrupted training.
+interrupted training. `--bits` trains a rival of the policy instead, for as long: the pretrained detector under one
+fixed bit configuration.
 """
 
 import sys

@@ -12,7 +12,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -637,15 +637,25 @@ def _build(section: type, values: dict[str, Any]) -> Any:
 _STAGES = {
     "pretrain": "Trains the detector in full precision, then quantized under random bit configurations.",
     "search": "Trains the policy, and the detector under the configurations it samples.",
-    "finetune": "Trains the detector under the frozen, greedy policy.",
+    "finetune": "Trains the detector under the frozen, greedy policy, or under one fixed bit configuration.",
     "eval": "Reports detection quality and cost on the test split.",
 }
 _INIT_TEXT = {
     "pretrain": "leave the full precision training out and quantize the detector of this checkpoint",
     "search": "start from this checkpoint instead of the run's pretrained one",
-    "finetune": "start from this checkpoint instead of the run's searched one",
+    "finetune": "start from this checkpoint instead of the run's searched one (fixed --bits: its pretrained one)",
     "eval": "evaluate this checkpoint instead of the run's latest stage",
 }
+SEVERAL_BITS = ("basic", "all")  # tables of eval.py: without and with the rivals that have to be looked for
+_BITS = {  # ways to choose bits that a stage knows, beside the uniform ones
+    "finetune": ("policy", "static", "modal"),
+    "eval": ("policy", "fp32", "random", "frequencies", "modal", "static", *SEVERAL_BITS),
+}
+
+
+def known_bits(stage: str, choices: Sequence[BitChoice]) -> list[str]:
+    """What `--bits` of finetune or eval takes; `uniform:w3a4` and so on for each of the choices."""
+    return [*_BITS[stage], *(f"uniform:w{weight}a{activation}" for weight, activation in choices)]
 
 
 @dataclass(frozen=True)
@@ -657,7 +667,7 @@ class Command:
         run: folder of all that the stages of one experiment write.
         init: checkpoint to start from; None takes that of the stage before.
         restart: start the stage over instead of continuing it; what it wrote so far is kept beside it.
-        bits: how eval.py chooses bits: `policy`, `fp32`, `random`, `uniform:w3a4` (any of the choices) or `all`.
+        bits: how bits are chosen, one of `known_bits`; finetune.py and eval.py alone ask for it.
     """
 
     config: Config
@@ -690,8 +700,10 @@ def parse_command(stage: str, argv: list[str] | None = None) -> Command:
     config = settings.build(settings.parse_args(overrides, namespace=values))
     if options.init is not None and not options.init.is_file():
         raise InputError(f"--init {options.init}: no such file")
-    if stage == "eval":
-        _check_bits(options.bits, config.bits.choices)
+    if stage in _BITS:
+        known = known_bits(stage, config.bits.choices)
+        if options.bits not in known:
+            raise InputError(f"--bits: expected one of {', '.join(known)}, got {options.bits}")
     run = options.run or Path("runs") / options.config.stem
     return Command(**{**vars(options), "config": config, "run": run})
 
@@ -717,14 +729,14 @@ def _stage_parser(stage: str, settings: _SettingParser) -> argparse.ArgumentPars
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the experiment (required)")
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="what the run writes (default: runs/<name of FILE>)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help=_INIT_TEXT[stage])
-    if stage == "eval":
+    if stage in _BITS:
         parser.add_argument(
             "--bits",
             default="policy",
-            help="policy, fp32, random, uniform:w3a4 (any of bits.choices), or all (default: policy); "
+            help=f"{', '.join(_BITS[stage])} or uniform:w3a4 (any of bits.choices); default: policy; "
             "the settings --bits.choices and so on are something else",
         )
-    else:
+    if stage != "eval":
         parser.add_argument(
             "--restart", action="store_true", help="start the stage over; what it wrote so far is kept beside it"
         )
@@ -738,9 +750,3 @@ def _check_options(words: list[str], known: list[str]) -> None:
         if option.startswith("--") and option not in options:
             hint = _did_you_mean(option, options) or " --help lists all"
             raise InputError(f"unknown option {option};{hint}")
-
-
-def _check_bits(bits: str, choices: list[BitChoice]) -> None:
-    known = ["policy", "fp32", "random", "all", *(f"uniform:w{weight}a{activation}" for weight, activation in choices)]
-    if bits not in known:
-        raise InputError(f"--bits: expected one of {', '.join(known)}, got {bits}")

@@ -139,7 +139,15 @@ def test_training_stages_can_restart_and_start_from_a_checkpoint(parse: Parse, t
     assert (command.restart, command.init) == (True, checkpoint)
 
 
-@pytest.mark.parametrize("bits", ["policy", "fp32", "random", "all", "uniform:w2a3"])
+@pytest.mark.parametrize("bits", ["policy", "static", "modal", "uniform:w2a3"])
+def test_finetune_takes_what_the_detector_is_trained_under(parse: Parse, bits: str) -> None:
+    assert parse(MINIMAL, "--bits.choices=[[2, 3]]", "--bits", bits, stage="finetune").bits == bits
+    assert parse(MINIMAL, stage="finetune").bits == "policy"
+
+
+@pytest.mark.parametrize(
+    "bits", ["policy", "fp32", "random", "frequencies", "modal", "static", "basic", "all", "uniform:w2a3"]
+)
 def test_eval_takes_bits_beside_the_settings_of_that_name(parse: Parse, bits: str) -> None:
     options = ("--bits.choices", "[[2, 3], [4, 4]]", "--bits", bits, "--bits.stem=[6, 6]")
     command = parse(MINIMAL, *options, stage="eval")
@@ -249,8 +257,13 @@ def test_unknown_key_is_refused_with_the_nearest_and_the_known(
         (
             ["--bits", "uniform:w9a9"],
             "eval",
-            "--bits: expected one of policy, fp32, random, all, uniform:w3a4, uniform:w4a4, uniform:w5a4, "
-            "got uniform:w9a9",
+            "--bits: expected one of policy, fp32, random, frequencies, modal, static, all, "
+            "uniform:w3a4, uniform:w4a4, uniform:w5a4, got uniform:w9a9",
+        ),
+        (
+            ["--bits", "random"],
+            "finetune",
+            "--bits: expected one of policy, static, modal, uniform:w3a4, uniform:w4a4, uniform:w5a4, got random",
         ),
     ],
 )
@@ -456,7 +469,7 @@ def test_help_shows_every_setting_with_its_text(capsys: pytest.CaptureFixture[st
     text = " ".join(capsys.readouterr().out.split())
     for part in (
         "--config FILE YAML file of the experiment (required)",
-        "--bits BITS policy, fp32, random, uniform:w3a4",
+        "--bits BITS policy, fp32, random, frequencies, modal, static, all or uniform:w3a4",
         "--search.epochs EPOCHS passes over the training split.",
         "--search.policy_lr POLICY_LR learning rate of the policy (Adam, constant).",
         "--seed SEED seed of everything random.",

@@ -24,6 +24,15 @@ def uniformly_random(choices: int, draw: Draw) -> ChooseBits:
     return lambda images, keys: (choices * draw(keys)).long().to(images.device)
 
 
+def with_frequencies(frequencies: Tensor, draw: Draw) -> ChooseBits:
+    """Every image and position independently, choice k at position l with probability `frequencies[l, k]`, [L, K]."""
+
+    def choose(images: Tensor, keys: Sequence[SampleKey]) -> Tensor:
+        return sample(frequencies.expand(len(images), -1, -1), draw(keys)).to(images.device)
+
+    return choose
+
+
 def sandwich(choices: Sequence[BitChoice], draw: Draw) -> ChooseBits:
     """The sandwich rule (Yu and Huang, ICCV 2019) within the batch of a step, whose images come in random order.
 

@@ -24,7 +24,7 @@ from instaqnas.ranks import world_size
 from instaqnas.seeds import SampleKey, derived_seed, generator, uniform_numbers
 from instaqnas.training import distributed
 from instaqnas.training.evaluate import EvalReport, evaluate
-from instaqnas.training.run_dir import best_checkpoint
+from instaqnas.training.run_dir import best_checkpoint, kind_of
 
 CALIBRATION_IMAGES = 64
 CACHED_SIDE = 2  # shorter side of a cached image, in sides of the network's input
@@ -32,13 +32,14 @@ PICTURES = 4
 MOST_WORKERS = 8  # more do not pay for one GPU
 FULL_PRECISION_STAGES = ("pretrain_fp32",)
 POLICY_STAGES = ("search", "finetune")
-QUANTIZED_STAGES = ("pretrain_quant", *POLICY_STAGES)
+QUANTIZED_STAGES = ("pretrain_quant", *POLICY_STAGES, "finetune_fixed")
 # The sections of the config that a network of a stage's checkpoint depends on.
 NETWORK_SECTIONS = {
     "pretrain_fp32": ("detector",),
     "pretrain_quant": ("detector", "bits"),
     "search": ("detector", "bits", "policy"),
     "finetune": ("detector", "bits", "policy"),
+    "finetune_fixed": ("detector", "bits"),
 }
 
 
@@ -130,6 +131,15 @@ class Experiment:
         """The test split."""
         data = self.config.data
         return self.eval_loader(data.test_split, data.test_roots or data.roots)
+
+    @property
+    def tuning_split(self) -> str:
+        """The val split, or the train split where there is none: what fixed bit configurations are chosen on."""
+        return self.config.data.val_split or self.config.data.train_split
+
+    def tuning_loader(self) -> DetectionLoader:
+        """All images of `tuning_split` in order."""
+        return self.eval_loader(self.tuning_split, self.config.data.roots)
 
     def calibration_batch(self) -> Batch:
         """Random training images for the first step sizes."""
@@ -251,6 +261,14 @@ def teacher_checkpoint(command: Command, stage: str, settings: QuantTrainConfig)
     return finished_checkpoint(command.run, "pretrain_fp32", command.config.pretrain_fp32, "pretrain.py")
 
 
+def pretrained_checkpoint(command: Command) -> Path:
+    """The checkpoint of the quantized pretraining.
+
+    Raises: InputError as `finished_checkpoint`.
+    """
+    return finished_checkpoint(command.run, "pretrain_quant", command.config.pretrain_quant, "pretrain.py")
+
+
 def latest_policy_checkpoint(command: Command) -> Path:
     """The checkpoint of the finetuning, of the search if that has not begun.
 
@@ -275,9 +293,10 @@ def load_network(
     Raises: InputError if the checkpoint is not of one of `stages`, or was trained with other settings or classes.
     """
     state = load_checkpoint(path)
-    if state["stage"] not in stages:
+    kind = kind_of(state["stage"])
+    if kind not in stages:
         raise InputError(f"{path}: a checkpoint of stage {state['stage']}; needed here: {' or '.join(stages)}")
-    sections = NETWORK_SECTIONS[state["stage"]]
+    sections = NETWORK_SECTIONS[kind]
     try:
         old = completed(state["config"])
         changed = differences(

@@ -15,6 +15,7 @@ from instaqnas.data.voc import check_image_header
 from instaqnas.detector.ssd import DetectorBits
 from instaqnas.errors import InputError
 from instaqnas.training.experiment import POLICY_STAGES, Experiment
+from instaqnas.training.run_dir import section_of
 
 STAGES = ("pretrain_fp32", "pretrain_quant", "search", "finetune", "eval")
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of an optimizer's state for each parameter
@@ -62,7 +63,8 @@ def disk_needed(experiment: Experiment, run: Path, stages: Sequence[str]) -> int
     total = largest = 0
     for stage in (stage for stage in stages if stage != "eval"):
         size = checkpoint_bytes(experiment, stage)
-        files = 1 + bool(experiment.config.data.val_split) + getattr(experiment.config, stage).keep_checkpoints
+        keep = getattr(experiment.config, section_of(stage)).keep_checkpoints
+        files = 1 + bool(experiment.config.data.val_split) + keep
         there = sum(path.stat().st_size for path in (run / stage).glob("*.pt"))
         total += max(0, files * size - there)
         largest = max(largest, size)
@@ -71,7 +73,7 @@ def disk_needed(experiment: Experiment, run: Path, stages: Sequence[str]) -> int
 
 def checkpoint_bytes(experiment: Experiment, stage: str) -> int:
     """Bytes of the tensors in a checkpoint of a stage that trains: networks and optimizers."""
-    settings = getattr(experiment.config, stage)
+    settings = getattr(experiment.config, section_of(stage))
     full = stage == "pretrain_fp32"
     detector = experiment.detector(DetectorBits.full_precision()) if full else experiment.quantized_detector()
     networks = 2 if settings.ema_decay else 1

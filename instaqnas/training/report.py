@@ -34,27 +34,32 @@ def choice_name(choice: BitChoice) -> str:
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One way to choose bits: its name as in `--bits`, the checkpoint it ran on, its bit choices and its figures."""
+    """One way to choose bits: its name as in `--bits`, the checkpoint it ran on, its bit choices and its figures.
+
+    `finetuned` counts the epochs that the detector was trained for after pretraining.
+    """
 
     bits: str
     checkpoint: Path
     choices: tuple[BitChoice, ...]
     report: EvalReport
+    finetuned: int = 0
 
     def plain(self) -> dict[str, Any]:
         """Plain values for report.json."""
         figures = {key: getattr(self.report, key) for key in ROW_KEYS}
-        return {"bits": self.bits, **figures, "ap_11pt": self.report.ap_11pt, "checkpoint": str(self.checkpoint)}
+        detector = {"finetuned": self.finetuned, "checkpoint": str(self.checkpoint)}
+        return {"bits": self.bits, **figures, "ap_11pt": self.report.ap_11pt, **detector}
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """A table of the rows of report.json for the terminal."""
     quality = f"{'mAP 11pt':>9}{'mAP all':>9}{'COCO AP':>9}"
-    lines = [f"{'bits':<14}{quality}{'GBitOps':>10}{'policy':>9}{'total':>10}{'configs':>9}"]
+    lines = [f"{'bits':<14}{quality}{'GBitOps':>10}{'policy':>9}{'total':>10}{'configs':>9}{'finetuned':>11}"]
     for row in rows:
         quality = "".join(f"{100 * row[key]:>9.2f}" for key in ROW_KEYS[:3])
         cost = f"{row['gbitops_detector']:>10.4f}{row['gbitops_policy']:>9.4f}{row['gbitops_total']:>10.4f}"
-        lines.append(f"{row['bits']:<14}{quality}{cost}{row['distinct_configs']:>9d}")
+        lines.append(f"{row['bits']:<14}{quality}{cost}{row['distinct_configs']:>9d}{row['finetuned']:>11d}")
     return "\n".join(lines)
 
 

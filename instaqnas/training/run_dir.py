@@ -38,12 +38,23 @@ DECISIVE_SECTIONS = {
     "pretrain_quant": ("seed", "data", "detector", "bits"),
     "search": ("seed", "data", "detector", "bits", "policy", "reward"),
     "finetune": ("seed", "data", "detector", "bits", "policy"),
+    "finetune_fixed": ("seed", "data", "detector", "bits"),
 }
 HARMLESS_KEYS = {  # of a section, or of every stage
     "data": ("workers", "test_roots", "test_split"),
     "eval": ("batch_size",),
     "stage": ("save_every", "save_minutes", "keep_checkpoints"),
 }
+
+
+def kind_of(stage: str) -> str:
+    """`finetune_fixed` for a stage under a fixed bit configuration, such as finetune_static; else the stage itself."""
+    return "finetune_fixed" if stage.startswith("finetune_") else stage
+
+
+def section_of(stage: str) -> str:
+    """The section of the config that a stage follows."""
+    return "finetune" if kind_of(stage) == "finetune_fixed" else stage
 
 
 def versions() -> dict[str, str]:
@@ -72,9 +83,11 @@ class RunDir:
         classes: class names, which checkpoints carry.
         source: the checkpoint that the stage starts from, if it does.
         teacher: the checkpoint that it distills from, if that is another.
+        configuration: names of the bit choices of all positions, where the stage trains under one fixed configuration.
         restart: set an earlier beginning of this stage aside, as STAGE.old-1, and begin anew.
 
-    Raises: InputError if the folder holds the same stage of another config, other classes or another source or teacher.
+    Raises: InputError if the folder holds the same stage of another config or bit configuration, other classes or
+        another source or teacher.
     """
 
     def __init__(
@@ -86,11 +99,13 @@ class RunDir:
         *,
         source: Path | None = None,
         teacher: Path | None = None,
+        configuration: Sequence[str] | None = None,
         restart: bool = False,
     ) -> None:
         self.stage, self.path, self.config, self.classes = stage, run / stage, config, list(classes)
+        self.configuration = None if configuration is None else list(configuration)
         sources = [path for path in (source, teacher) if path is not None]
-        self.source = " ".join(map(_sha256, sources))
+        self.source = " ".join(map(file_digest, sources))
         self._writer: SummaryWriter | None = None
         self._saved_at = time.monotonic()
         if restart:
@@ -131,8 +146,8 @@ class RunDir:
             return
         if self._writer is not None:
             self._writer.flush()  # what was logged before this checkpoint will not be logged again
-        begun = {"stage": self.stage, "config": self.config, "classes": self.classes, "source": self.source}
-        state = {**begun, **state}
+        names = ("stage", "config", "classes", "source", "configuration")
+        state = {**{name: getattr(self, name) for name in names}, **state}
         if keep:
             save_checkpoint(self.path / f"epoch_{state['epoch']:04d}.pt", state)
             for old in sorted(self.path.glob("epoch_*.pt"))[:-keep]:
@@ -185,10 +200,9 @@ class RunDir:
             old = _decisive(completed(state["config"]), self.stage)
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{self.last}: of another version of this program ({error})") from error
-        changed = differences(
-            {"stage": state["stage"], **old, "classes": state["classes"]},
-            {"stage": self.stage, **_decisive(self.config, self.stage), "classes": self.classes},
-        )
+        was = {"stage": state["stage"], **old, "classes": state["classes"], "configuration": state.get("configuration")}
+        now = {"stage": self.stage, **_decisive(self.config, self.stage), "classes": self.classes}
+        changed = differences(was, {**now, "configuration": self.configuration})
         if state.get("source", "") != self.source:
             changed.append(f"from other checkpoints than {', '.join(map(str, sources))}")
         if changed:
@@ -219,7 +233,8 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -228,11 +243,12 @@ def _sha256(path: Path) -> str:
 
 
 def _decisive(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    sections = [*DECISIVE_SECTIONS[stage], stage]
+    own = section_of(stage)
+    sections = [*DECISIVE_SECTIONS[kind_of(stage)], own]
     if stage == "search" or config["data"]["val_split"]:  # it judges images, or picks the best epoch
         sections.append("eval")
     kept = {section: config[section] for section in sections}
-    for section in ("data", "eval", stage):
+    for section in ("data", "eval", own):
         if section in kept:
             harmless = HARMLESS_KEYS.get(section, HARMLESS_KEYS["stage"])
             kept[section] = {key: value for key, value in kept[section].items() if key not in harmless}

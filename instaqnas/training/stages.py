@@ -1,7 +1,8 @@
 """The four stages: the one place that reads the whole config and builds the parts.
 
 pretrain -> pretrain_fp32, pretrain_quant; search; finetune: all are `fit` around one detector loop, under three ways
-to choose bits: uniformly random, sampled by the policy, greedy by the policy.
+to choose bits: uniformly random, sampled by the policy, greedy by the policy. Finetuning knows a fourth for what the
+policy is compared with, a fixed configuration (finetune_static...).
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from instaqnas.config import Command, Config, RewardConfig, TrainConfig
+from instaqnas.config import SEVERAL_BITS, Command, Config, RewardConfig, TrainConfig
 from instaqnas.data.loader import Batch, DetectionLoader
 from instaqnas.detector.distillation import distillation_loss, foreground
 from instaqnas.detector.pretrained import load_pretrained
 from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy import reward as rewards
-from instaqnas.policy.bit_config import ChooseBits, greedy_by, sampled_by
+from instaqnas.policy.bit_config import ChooseBits, fixed, greedy_by, sampled_by
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.switchable import calibrate, reestimate_batch_norm
 from instaqnas.ranks import alone, total
 from instaqnas.training import distributed
+from instaqnas.training.comparison import measured_row, row_names, row_source
 from instaqnas.training.detector_epoch import Distill, train_detector_epoch
 from instaqnas.training.evaluate import EvalReport, detect, quality_of
 from instaqnas.training.experiment import (
@@ -39,8 +41,8 @@ from instaqnas.training.experiment import (
     QUANTIZED_STAGES,
     Experiment,
     finished_checkpoint,
-    latest_policy_checkpoint,
     load_network,
+    pretrained_checkpoint,
     teacher_checkpoint,
 )
 from instaqnas.training.fit import TrainState, fit
@@ -48,8 +50,9 @@ from instaqnas.training.optimizers import build_optimizer, build_scheduler
 from instaqnas.training.pictures import draw_detections, draw_objects
 from instaqnas.training.policy_epoch import Judge, Outcome, train_policy_epoch
 from instaqnas.training.preflight import quick_preflight
-from instaqnas.training.report import ReportRow, choice_name, format_table, write_report
-from instaqnas.training.run_dir import RunDir, best_checkpoint, set_aside
+from instaqnas.training.report import format_table, write_report
+from instaqnas.training.rivals import Rivals, fixed_config, fixed_stage
+from instaqnas.training.run_dir import RunDir, section_of, set_aside
 from instaqnas.training.runtime import keep_freed_memory
 
 # An `Experiment` from a config; the preflight has one of its own, on a few images.
@@ -84,7 +87,7 @@ class DetectorTraining:
         distill: Distill | None = None,
     ) -> DetectorTraining:
         """Builds optimizer, schedule, average and training data."""
-        experiment.check_shares(f"{run_dir.stage}.batch_size", settings.batch_size, settings.accumulate)
+        experiment.check_shares(f"{section_of(run_dir.stage)}.batch_size", settings.batch_size, settings.accumulate)
         loader = experiment.train_loader(settings.batch_size, run_dir.stage)
         optimizer = build_optimizer(detector, settings)
         scheduler = build_scheduler(optimizer, settings, len(loader))
@@ -241,7 +244,7 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
     """Every epoch trains the policy, then the detector under configurations sampled from it."""
     experiment, config = _start(command, build, "search"), command.config
     settings = config.search
-    source = command.init or finished_checkpoint(command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py")
+    source = command.init or pretrained_checkpoint(command)
     detector, policy = experiment.quantized_detector(), experiment.policy()
     costs, policy_cost = detector_costs(detector), policy_gbitops(policy, detector.image_size)
     _check_costs(command.config.reward, costs, policy_cost)
@@ -336,7 +339,10 @@ def _check_costs(settings: RewardConfig, costs: CostTable, policy_cost: float) -
 
 @distributed.reporting_lost_processes()
 def run_finetune(command: Command, build: BuildExperiment = Experiment) -> None:
-    """The detector under the frozen, greedy policy."""
+    """The detector under the frozen, greedy policy, or under one fixed bit configuration."""
+    if command.bits != "policy":
+        _finetune_fixed(command, build)
+        return
     experiment, config = _start(command, build, "finetune"), command.config
     settings = config.finetune
     source = command.init or finished_checkpoint(command.run, "search", config.search, "search.py")
@@ -367,65 +373,61 @@ def run_finetune(command: Command, build: BuildExperiment = Experiment) -> None:
     )
 
 
+def _finetune_fixed(command: Command, build: BuildExperiment) -> None:
+    """The pretrained detector under the fixed configuration that `command.bits` names; follows `fixed_config`."""
+    stage, config = fixed_stage(command.bits), fixed_config(command.config)
+    settings = config.finetune
+    experiment = _start(replace(command, config=config), build, stage)
+    source = command.init or pretrained_checkpoint(command)
+    teacher = teacher_checkpoint(command, "finetune", settings)
+    rivals = Rivals(experiment, command)
+    configuration = rivals.configuration(command.bits)
+    run_dir = RunDir(
+        command.run,
+        stage,
+        experiment.plain,
+        experiment.class_names,
+        source=source,
+        teacher=teacher,
+        configuration=rivals.names(configuration),
+        restart=command.restart,
+    )
+    detector = experiment.quantized_detector()
+    if not run_dir.last.exists():
+        load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
+    distill = _distillation(experiment, teacher, settings.distill_weight)
+    training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
+    choose = fixed(configuration)
+    training.fit(
+        lambda epoch: training.epoch(epoch, choose),
+        lambda: choose,
+        batch_norm_batches=settings.batch_norm_batches,
+    )
+
+
 @distributed.reporting_lost_processes()
 def run_eval(command: Command, build: BuildExperiment = Experiment) -> None:
     """Measures one way to choose bits, or compares all, on the test split."""
     experiment = _start(command, build, "eval")
     names = [command.bits]
-    if command.bits == "all":
+    if command.bits in SEVERAL_BITS:
         if command.init is not None:
-            raise InputError("--init names one checkpoint, but --bits all compares several; name one --bits")
-        uniform = [f"uniform:{choice_name(choice)}" for choice in command.config.bits.choices]
-        names = ["fp32", *uniform, "random", "policy"]
-        if not best_checkpoint(command.run, "pretrain_fp32").exists():
-            log.info("note: no row fp32, %s has no full-precision training", command.run)
-            names.remove("fp32")
-    sources = {name: command.init or _row_source(command, name) for name in names}  # all, before the first is measured
-    loader = experiment.test_loader()
-    rows = [_evaluate_row(experiment, name, source, loader) for name, source in sources.items()]
+            raise InputError(
+                f"--init names one checkpoint, but --bits {command.bits} compares several; name one --bits"
+            )
+        names = row_names(command)
+    rivals, loader = Rivals(experiment, command), experiment.test_loader()
+    sources = {name: command.init or row_source(rivals, name) for name in names}  # all, before the first is measured
+    rows = [measured_row(rivals, name, source, loader) for name, source in sources.items()]
     if not distributed.is_writer():
         return
     folder = command.run / "eval"
-    if command.bits != "all":
+    if command.bits not in SEVERAL_BITS:
         folder = folder / command.bits.replace(":", "_")
     write_report(folder, rows, experiment.plain)
     log.info("%s", format_table([row.plain() for row in rows]))
     log.info("report and plot: %s", folder)
     log.info("TensorBoard: .venv/bin/tensorboard --logdir %s", command.run)
-
-
-def _row_source(command: Command, name: str) -> Path:
-    """The checkpoint of a row; baselines run on the detector that was trained for random configurations."""
-    config = command.config
-    match name:
-        case "fp32":
-            return finished_checkpoint(command.run, "pretrain_fp32", config.pretrain_fp32, "pretrain.py")
-        case "policy":
-            return latest_policy_checkpoint(command)
-        case _:
-            return finished_checkpoint(command.run, "pretrain_quant", config.pretrain_quant, "pretrain.py")
-
-
-def _evaluate_row(experiment: Experiment, name: str, source: Path, loader: DetectionLoader) -> ReportRow:
-    if name == "fp32":
-        detector = experiment.detector(DetectorBits.full_precision())
-        load_network(experiment, detector, "detector", source, stages=FULL_PRECISION_STAGES)
-        report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector))
-        return ReportRow(name, source, detector.choices, report)
-    detector = experiment.quantized_detector()
-    load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
-    policy_cost = 0.0
-    if name == "policy":
-        policy = experiment.policy()
-        load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
-        policy.eval()
-        choose, policy_cost = greedy_by(policy), policy_gbitops(policy, detector.image_size)
-    elif name == "random":
-        choose = experiment.choose_random("eval")
-    else:
-        choice = [choice_name(c) for c in detector.choices].index(name.removeprefix("uniform:"))
-        choose = experiment.choose_fixed(detector, choice)
-    return ReportRow(name, source, detector.choices, experiment.evaluate(detector, loader, choose, policy_cost))
 
 
 def _start(command: Command, build: BuildExperiment, *stages: str) -> Experiment:

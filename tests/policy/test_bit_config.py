@@ -19,6 +19,7 @@ from instaqnas.policy.bit_config import (
     sampled_by,
     sandwich,
     uniformly_random,
+    with_frequencies,
 )
 from instaqnas.seeds import SampleKey, uniform_numbers
 
@@ -161,6 +162,16 @@ def test_uniformly_random_gives_every_choice_everywhere_alike() -> None:
 def test_uniformly_random_divides_the_unit_interval_into_equal_parts(number: float, choice: int) -> None:
     choose = uniformly_random(5, lambda keys: torch.full((len(keys), 2), number, dtype=torch.float64))
     assert choose(images(1), keys(1)).tolist() == [[choice, choice]]
+
+
+def test_configurations_with_given_frequencies_have_them_at_each_position_independently() -> None:
+    frequencies = torch.tensor([[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]], dtype=torch.float64)
+    choices = with_frequencies(frequencies, draw(2, "here"))(images(4000), keys(4000))
+    counts = torch.nn.functional.one_hot(choices, 3).double().mean(0)
+    torch.testing.assert_close(counts, frequencies, atol=0.03, rtol=0)
+    assert counts[0, 2] == 0
+    both = (choices == torch.tensor([0, 2])).all(1).double().mean().item()
+    assert both == pytest.approx(0.5 * 0.7, abs=0.03)
 
 
 @pytest.mark.parametrize("way", ["random", "sandwich", "sampled"])

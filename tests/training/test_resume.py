@@ -19,7 +19,7 @@ import instaqnas.training.stages as stages
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config import Command
 from instaqnas.errors import InputError, TrainingError
-from instaqnas.training.run_dir import RunDir
+from instaqnas.training.run_dir import RunDir, section_of
 
 EVERY_STEP = "save_minutes=1e-9"
 RUN = {
@@ -75,8 +75,9 @@ SEARCH_OPTIONS = (
         ("pretrain", ("pretrain_fp32", "pretrain_quant"), ("--pretrain_quant.sandwich=true",), 12),
         ("search", ("search",), SEARCH_OPTIONS, 10),
         ("finetune", ("finetune",), ("--finetune.optimizer=sgd", "--finetune.accumulate=2"), 3),
+        ("finetune", ("finetune_uniform_w2a2",), ("--bits=uniform:w2a2", "--search.epochs=1"), 6),
     ],
-    ids=["pretrain", "search", "finetune"],
+    ids=["pretrain", "search", "finetune", "fixed"],
 )
 def test_a_stage_interrupted_after_each_checkpoint_ends_as_a_whole_one(
     finished_run: Path,
@@ -89,9 +90,11 @@ def test_a_stage_interrupted_after_each_checkpoint_ends_as_a_whole_one(
     checkpoints: int,
 ) -> None:
     monkeypatch.setattr(stages, "LOG_EVERY", 1)
-    before = {"pretrain": (), "search": ("pretrain_fp32", "pretrain_quant"), "finetune": ("search",)}[script]
-    whole, interrupted = (copy_stages(finished_run, tmp_path / name, *before) for name in ("whole", "interrupted"))
-    options = (*options, *(f"--{stage}.{EVERY_STEP}" for stage in stages_of_script))
+    before = {"pretrain": (), "search": ("pretrain_fp32", "pretrain_quant"), "finetune": ("pretrain_quant", "search")}
+    whole, interrupted = (
+        copy_stages(finished_run, tmp_path / name, *before[script]) for name in ("whole", "interrupted")
+    )
+    options = (*options, *(f"--{section_of(stage)}.{EVERY_STEP}" for stage in stages_of_script))
     RUN[script](make_command(script, whole, *options))
     assert interrupt_after_each_checkpoint(RUN[script], make_command(script, interrupted, *options)) == checkpoints + 1
     for stage in stages_of_script:

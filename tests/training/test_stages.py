@@ -19,12 +19,15 @@ import instaqnas.training.stages as stages
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.config import Config, from_plain, parse_command
 from instaqnas.errors import InputError, TrainingError
+from instaqnas.training.run_dir import best_checkpoint
 
 STAGES = ("pretrain_fp32", "pretrain_quant", "search", "finetune")
-BITS = ("fp32", "uniform:w2a2", "uniform:w3a3", "uniform:w4a4", "random", "policy")
+BITS = (
+    "fp32", "uniform:w2a2", "uniform:w3a3", "uniform:w4a4", "random", "frequencies", "modal", "static", "policy",
+)  # fmt: skip
 ROW_KEYS = {
     "bits", "map_11pt", "map_all_point", "coco_ap", "gbitops_detector", "gbitops_policy", "gbitops_total",
-    "distinct_configs", "images",
+    "distinct_configs", "images", "finetuned",
 }  # fmt: skip
 
 
@@ -101,7 +104,7 @@ def test_tensorboard_shows_losses_rewards_choices_and_pictures(finished_run: Pat
 def test_search_changes_the_policy_and_finetuning_does_not(finished_run: Path, make_command) -> None:
     fresh = stages.Experiment(make_command("search", finished_run).config).policy().state_dict()
     searched = load_checkpoint(finished_run / "search" / "last.pt")["networks"]["policy"]
-    best = load_checkpoint(stages.best_checkpoint(finished_run, "search"))["networks"]["policy"]
+    best = load_checkpoint(best_checkpoint(finished_run, "search"))["networks"]["policy"]
     finetuned = load_checkpoint(finished_run / "finetune" / "last.pt")["networks"]["policy"]
     assert not torch.equal(fresh["head.weight"], searched["head.weight"])
     assert all(torch.equal(best[name], value) for name, value in finetuned.items())
@@ -239,7 +242,9 @@ def test_single_evaluation_does_not_touch_the_comparison(finished_run: Path, mak
     assert single == [row for row in read_report(finished_run)["rows"] if row["bits"] == "uniform:w3a3"]
 
 
-@pytest.mark.parametrize("name", ["shapes", "bccd", "bccd_small", "voc"])
+@pytest.mark.parametrize(
+    "name", ["shapes", "shapes_cliff", "shapes_wide", "shapes_paper", "bccd", "bccd_small", "bccd_cliff", "voc"]
+)
 def test_shipped_config_is_valid(name: str) -> None:
     assert parse_command("pretrain", ["--config", f"configs/{name}.yaml"]).run == Path("runs") / name
 

@@ -1,0 +1,188 @@
+"""Finds where quality falls: `python -m instaqnas.tools.cliff --config FILE --run runs/NAME`.
+
+From one network that was trained under random bit configurations: mAP, loss and GBitOps of every uniform choice, and
+how much the loss rises when one position alone gets a cheaper choice. Choices and targets pay at the cliff, between the
+neighbouring uniform choices where mAP falls most per GBitOps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from instaqnas.config import parse_command
+from instaqnas.detector.ssd import detector_costs
+from instaqnas.errors import InputError, exit_on_input_error
+from instaqnas.policy.network import policy_gbitops
+from instaqnas.quant.bitops import CostTable
+from instaqnas.training.experiment import QUANTIZED_STAGES, Experiment, load_network, pretrained_checkpoint
+from instaqnas.training.report import choice_name
+from instaqnas.training.sensitivity import ends, losses_around, mean_loss_on
+
+
+@dataclass(frozen=True)
+class UniformChoice:
+    """All positions at one choice: mAP (11 points, 0 to 1), mean detection loss, and GBitOps of the detector."""
+
+    choice: str
+    map_11pt: float
+    loss: float
+    gbitops: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One position at a cheaper choice, all others at the dearest: rise of the mean loss, and GBitOps saved."""
+
+    position: str
+    choice: str
+    loss_rise: float
+    gbitops_saved: float
+
+    @property
+    def rise_per_gbitops(self) -> float:
+        """Rise of the loss per GBitOps saved."""
+        return self.loss_rise / self.gbitops_saved
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """What was measured of one network on one split; `policy_gbitops` is what choosing costs an image."""
+
+    split: str
+    checkpoint: str
+    policy_gbitops: float
+    uniform: list[UniformChoice]
+    steps: list[Step]
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values for JSON; `cliff` names the choices below and above it, None where quality never falls."""
+        edge = cliff(self.uniform)
+        steps = [{**asdict(step), "rise_per_gbitops": step.rise_per_gbitops} for step in self.steps]
+        targets = None if edge is None else [choice.gbitops + self.policy_gbitops for choice in edge]
+        named = None if edge is None else [choice.choice for choice in edge]
+        return {**asdict(self), "steps": steps, "cliff": named, "target_gbitops": targets}
+
+
+def cliff(uniform: Sequence[UniformChoice]) -> tuple[UniformChoice, UniformChoice] | None:
+    """The neighbours in cost, cheaper first, between which mAP falls most per GBitOps; None if it falls nowhere.
+
+    Of choices that cost the same the one with the higher mAP counts.
+    """
+    best = {row.gbitops: row for row in sorted(uniform, key=lambda row: row.map_11pt)}
+    neighbours = list(pairwise(best[gbitops] for gbitops in sorted(best)))
+    return max((pair for pair in neighbours if _fall(pair) > 0), key=_fall, default=None)
+
+
+def _fall(pair: tuple[UniformChoice, UniformChoice]) -> float:
+    """mAP that a saved GBitOps costs."""
+    lower, upper = pair
+    return (upper.map_11pt - lower.map_11pt) / (upper.gbitops - lower.gbitops)
+
+
+def steps_from_dearest(
+    positions: Sequence[str], choices: Sequence[str], losses: Sequence[Sequence[float]], costs: CostTable
+) -> list[Step]:
+    """All cheaper choices of all positions; `losses` [L][K] are around the dearest configuration."""
+    dearest, table = ends(costs)[0], costs.table.tolist()
+    return [
+        Step(positions[position], choices[k], row[k] - row[top], (table[position][top] - table[position][k]) / 1e9)
+        for position, (row, top) in enumerate(zip(losses, dearest, strict=True))
+        for k in range(len(choices))
+        if table[position][k] < table[position][top]
+    ]
+
+
+def measure(experiment: Experiment, checkpoint: Path, split: str) -> Landscape:
+    """Runs the network of a checkpoint on a split under every uniform choice and every single cheaper one.
+
+    Raises: InputError if the checkpoint is not of a quantized stage or has other settings, or there is no such split.
+    """
+    config, data = experiment.config, experiment.config.data
+    roots = data.test_roots if data.test_roots and split == data.test_split else data.roots
+    detector = experiment.quantized_detector().eval()
+    load_network(experiment, detector, "detector", checkpoint, stages=QUANTIZED_STAGES)
+    costs, names = detector_costs(detector), [choice_name(choice) for choice in detector.choices]
+    loader = experiment.eval_loader(split, roots)
+    mean_loss = mean_loss_on(detector, loader, config.eval.batch_size, experiment.device)
+    uniform = []
+    for k, name in enumerate(names):
+        report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector, k))
+        loss = mean_loss([k] * len(detector.positions))
+        uniform.append(UniformChoice(name, report.map_11pt, loss, report.gbitops_detector))
+    losses = losses_around(ends(costs)[0], len(names), mean_loss)
+    steps = steps_from_dearest(detector.positions, names, losses, costs)
+    policy_cost = policy_gbitops(experiment.policy(), detector.image_size)
+    return Landscape(split, str(checkpoint), policy_cost, uniform, steps)
+
+
+def format_tables(found: Landscape) -> str:
+    """The tables of uniform choices and of positions, then the line that names the cliff."""
+    lines = [f"{found.checkpoint} on the {found.split} split", ""]
+    lines.append(f"{'all positions':<32}{'mAP 11pt':>10}{'loss':>10}{'GBitOps':>10}")
+    for row in sorted(found.uniform, key=lambda row: row.gbitops):
+        lines.append(f"{row.choice:<32}{100 * row.map_11pt:>10.2f}{row.loss:>10.4f}{row.gbitops:>10.4f}")
+    by_position: dict[str, list[Step]] = {}
+    for step in found.steps:
+        by_position.setdefault(step.position, []).append(step)
+    choices = dict.fromkeys(step.choice for step in found.steps)
+    lines += ["", "one position cheaper, all others at the dearest: rise of the loss, and that per GBitOps saved"]
+    lines.append(f"{'position':<32}" + "".join(f"{choice:>10}{'per GBitOps':>13}" for choice in choices))
+    for position, steps in by_position.items():
+        figures = "".join(f"{step.loss_rise:>10.4f}{step.rise_per_gbitops:>13.3f}" for step in steps)
+        lines.append(f"{position:<32}{figures}")
+    return "\n".join([*lines, "", cliff_line(found)])
+
+
+def cliff_line(found: Landscape) -> str:
+    """Names the cliff, and the total costs, policy included, that targets should lie between."""
+    edge = cliff(found.uniform)
+    if edge is None:
+        return "no cliff: mAP falls between no two of these uniform choices; offer cheaper ones"
+    lower, upper = edge
+    fall, per_gbitops = 100 * (upper.map_11pt - lower.map_11pt), 100 * _fall(edge)
+    targets = " to ".join(f"{row.gbitops + found.policy_gbitops:.4g}" for row in edge)
+    return (
+        f"cliff: from {upper.choice} to {lower.choice} mAP falls by {fall:.1f} points, {per_gbitops:.4g} per GBitOps; "
+        f"aim targets at {targets} GBitOps, policy included"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m instaqnas.tools.cliff",
+        description="Measure every uniform bit choice and the sensitivity of every position of one trained network, "
+        "and name the cliff: where quality falls.",
+        epilog="Settings can be overridden, such as --data.workers 0.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("--run", metavar="FOLDER", help="folder of the run (default: runs/<name of FILE>)")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="take this checkpoint instead of the run's pretrained one")
+    parser.add_argument("--split", help="images to measure on (default: the val split, the train split without one)")
+    parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
+    options, overrides = parser.parse_known_args(arguments)
+    named = [word for name in ("run", "init") if (value := getattr(options, name)) for word in (f"--{name}", value)]
+    with exit_on_input_error():
+        command = parse_command("eval", ["--config", options.config, *named, *overrides])
+        if len(command.config.bits.choices) < 2:
+            raise InputError("bits.choices: expected two or more to compare, got one")
+        experiment = Experiment(command.config)
+        split = options.split or experiment.tuning_split
+        if split == command.config.data.train_split:
+            sys.stderr.write(
+                f"note: the network was trained on the {split} split; its mAP there is higher than on others\n"
+            )
+        found = measure(experiment, command.init or pretrained_checkpoint(command), split)
+    print(json.dumps(found.plain(), indent=1) if options.json else format_tables(found))
+
+
+if __name__ == "__main__":
+    main()

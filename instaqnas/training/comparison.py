@@ -1,0 +1,111 @@
+"""The rows of a comparison: the ways to choose bits, and the detector that each of them runs on.
+
+row                      detector, if it was not trained under that very configuration (finetune.py --bits)
+fp32                     of the full-precision training
+uniform:..., static      of the quantized training, which knows all configurations; also what finetuning starts from
+random                   the same
+policy                   its own: trained along in the search, then finetuned
+frequencies, modal       the policy's: it has seen these choices for as long as the policy has been trained
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from instaqnas.checkpoint import load_checkpoint
+from instaqnas.config import Command
+from instaqnas.data.loader import DetectionLoader
+from instaqnas.detector.ssd import DetectorBits
+from instaqnas.errors import InputError
+from instaqnas.policy.bit_config import fixed, greedy_by, with_frequencies
+from instaqnas.policy.network import policy_gbitops
+from instaqnas.training.experiment import (
+    FULL_PRECISION_STAGES,
+    POLICY_STAGES,
+    QUANTIZED_STAGES,
+    finished_checkpoint,
+    latest_policy_checkpoint,
+    load_network,
+    pretrained_checkpoint,
+)
+from instaqnas.training.report import ReportRow, choice_name
+from instaqnas.training.rivals import Rivals, fixed_config, fixed_stage, further_epochs
+from instaqnas.training.run_dir import best_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def row_names(command: Command) -> list[str]:
+    """The ways to choose bits of `--bits basic` or `all` for which the run has the networks; a note tells what it lacks."""
+    names = [*(f"uniform:{choice_name(choice)}" for choice in command.config.bits.choices), "random"]
+    if best_checkpoint(command.run, "pretrain_fp32").exists():
+        names.insert(0, "fp32")
+    else:
+        log.info("note: no row fp32, %s has no full-precision training", command.run)
+    of_policy = ["policy"] if command.bits == "basic" else ["frequencies", "modal", "static", "policy"]
+    if any(best_checkpoint(command.run, stage).exists() for stage in POLICY_STAGES):
+        names += of_policy
+    else:
+        log.info("note: no policy (%s): %s has no search", ", ".join(of_policy), command.run)
+    return names
+
+
+def row_source(rivals: Rivals, name: str) -> Path:
+    """The checkpoint of the detector of a row.
+
+    Raises: InputError if it has not been trained, or not to the end, or under a fixed configuration that is not the one
+        to compare with any more.
+    """
+    command, config = rivals.command, rivals.command.config
+    if best_checkpoint(command.run, fixed_stage(name)).exists():
+        settings = fixed_config(config).finetune
+        path = finished_checkpoint(command.run, fixed_stage(name), settings, f"finetune.py --bits {name}")
+        _check_configuration(path, rivals, name)
+        return path
+    match name:
+        case "fp32":
+            return finished_checkpoint(command.run, "pretrain_fp32", config.pretrain_fp32, "pretrain.py")
+        case "policy" | "frequencies" | "modal":
+            return latest_policy_checkpoint(command)
+        case _:
+            return pretrained_checkpoint(command)
+
+
+def measured_row(rivals: Rivals, name: str, source: Path, loader: DetectionLoader) -> ReportRow:
+    """The figures of a way to choose bits with the detector of a checkpoint.
+
+    Raises: InputError if the checkpoint is of another config.
+    """
+    experiment, epochs = rivals.experiment, further_epochs(load_checkpoint(source))
+    if name == "fp32":
+        detector = experiment.detector(DetectorBits.full_precision())
+        load_network(experiment, detector, "detector", source, stages=FULL_PRECISION_STAGES)
+        report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector))
+        return ReportRow(name, source, detector.choices, report, epochs)
+    detector = experiment.quantized_detector()
+    load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
+    policy_cost = 0.0
+    match name:
+        case "policy":
+            policy = experiment.policy()
+            load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
+            policy.eval()
+            choose, policy_cost = greedy_by(policy), policy_gbitops(policy, detector.image_size)
+        case "random":
+            choose = experiment.choose_random("eval")
+        case "frequencies":
+            choose = with_frequencies(rivals.habits.frequencies, experiment.draw("frequencies"))
+        case _:
+            choose = fixed(rivals.configuration(name))
+    report = experiment.evaluate(detector, loader, choose, policy_cost)
+    return ReportRow(name, source, detector.choices, report, epochs)
+
+
+def _check_configuration(path: Path, rivals: Rivals, bits: str) -> None:
+    """Raises InputError if a checkpoint was finetuned under another configuration than the one that `bits` is now."""
+    if load_checkpoint(path)["configuration"] != rivals.names(rivals.configuration(bits)):
+        raise InputError(
+            f"{path}: finetuned under another configuration than what {bits} is now, of another policy or network; "
+            f"repeat finetune.py --bits {bits} with --restart"
+        )

@@ -1,0 +1,92 @@
+"""How much detection loss each position costs at few bits, on images that the detector has not been tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instaqnas.data.loader import Batch
+from instaqnas.detector.multibox_loss import multibox_loss
+from instaqnas.detector.ssd import SSDOutput, SwitchableSSD, Targets
+from instaqnas.quant.bitops import CostTable
+from instaqnas.ranks import total
+from instaqnas.training import distributed
+
+MOST_IMAGES = 512  # that a loss is measured on, rounded up to whole batches
+
+Configuration = Sequence[int]  # the index of a choice at each of L positions
+MeanLoss = Callable[[Configuration], float]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Mean losses [L][K] with one position at each choice and all others at the dearest, or at the cheapest."""
+
+    from_dearest: list[list[float]]
+    from_cheapest: list[list[float]]
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def image_losses(output: SSDOutput, targets: Targets) -> Tensor:
+    """Multibox loss of each image [B], as if it were a batch of its own."""
+    images = zip(output.box_offsets, output.class_logits, targets.offsets, targets.labels, strict=True)
+    return torch.stack([sum(multibox_loss(*(value[None] for value in image)).values()) for image in images])
+
+
+def mean_loss_on(detector: SwitchableSSD, batches: Iterable[Batch], batch_size: int, device: torch.device) -> MeanLoss:
+    """A function from a bit configuration to the mean loss of `detector`, in eval mode, on the first images.
+
+    Args:
+        detector: it is in eval mode whenever the function is called.
+        batches: this process's shares of batches without augmentation; as many are kept as make `MOST_IMAGES` images.
+        batch_size: images of a batch, those of all processes.
+        device: where the detector is.
+    """
+    kept = [batch.to(device) for batch in islice(batches, -(-MOST_IMAGES // batch_size))]
+    targets = [detector.targets(batch.boxes_xyxy, batch.labels) for batch in kept]
+
+    @torch.no_grad()
+    def mean_loss(configuration: Configuration) -> float:
+        choices = torch.tensor(configuration, device=device)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of images
+        for batch, target in zip(kept, targets, strict=True):
+            losses = image_losses(detector(batch.images, choices.expand(len(batch.images), -1)), target)
+            sums += torch.stack([losses.double().sum(), sums.new_tensor(len(losses))])
+        loss, images = total(sums).tolist()
+        return loss / images
+
+    return mean_loss
+
+
+def ends(costs: CostTable) -> tuple[list[int], list[int]]:
+    """The dearest and the cheapest configuration, of equal choices the first."""
+    rows = costs.table.tolist()
+    return [row.index(max(row)) for row in rows], [row.index(min(row)) for row in rows]
+
+
+def losses_around(base: Configuration, choices: int, mean_loss: MeanLoss) -> list[list[float]]:
+    """Mean losses [L][K] with one position at each of K choices and all others as in `base`."""
+    of_base = mean_loss(base)
+    rows = []
+    for position in distributed.progress_bar(range(len(base)), "sensitivity"):
+        row = []
+        for choice in range(choices):
+            changed = [*base[:position], choice, *base[position + 1 :]]
+            row.append(of_base if changed == list(base) else mean_loss(changed))
+        rows.append(row)
+    return rows
+
+
+def measured_sensitivity(costs: CostTable, mean_loss: MeanLoss) -> Sensitivity:
+    """Losses around the dearest and the cheapest configuration."""
+    choices = costs.table.shape[1]
+    dearest, cheapest = (losses_around(base, choices, mean_loss) for base in ends(costs))
+    return Sensitivity(dearest, cheapest)

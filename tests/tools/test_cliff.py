@@ -1,0 +1,148 @@
+"""Where quality falls: the cliff among given figures, and the figures of a network against single evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from instaqnas.checkpoint import load_checkpoint
+from instaqnas.config import from_plain
+from instaqnas.detector.ssd import detector_costs
+from instaqnas.policy.bit_config import fixed
+from instaqnas.policy.network import policy_gbitops
+from instaqnas.tools.cliff import Landscape, UniformChoice, cliff, cliff_line, main
+from instaqnas.training.experiment import Experiment
+
+SETTINGS = {
+    "detector": {"image_size": 64, "width": 0.125, "extras_batch_norm": True},
+    "bits": {"choices": [[3, 3], [2, 2], [4, 4]]},
+    "policy": {"pool": 4, "width": 4},
+    "eval": {"batch_size": 2},
+}
+
+
+def uniform(*rows: tuple[str, float, float]) -> list[UniformChoice]:
+    return [UniformChoice(choice, map_11pt, 1.0, gbitops) for choice, map_11pt, gbitops in rows]
+
+
+def test_the_cliff_is_where_map_falls_most_per_gbitops() -> None:
+    rows = uniform(
+        ("w8a8", 0.74, 6.0), ("w2a2", 0.2, 1.0), ("w3a3", 0.5, 2.0), ("w2a3", 0.45, 1.5), ("w4a4", 0.73, 4.0)
+    )
+    lower, upper = cliff(rows)
+    assert (lower.choice, upper.choice) == ("w2a2", "w2a3")  # 0.5 a GBitOps, then 0.1, 0.115, 0.005
+    line = cliff_line(Landscape("val", "x.pt", 0.25, rows, []))
+    assert line == (
+        "cliff: from w2a3 to w2a2 mAP falls by 25.0 points, 50 per GBitOps; "
+        "aim targets at 1.25 to 1.75 GBitOps, policy included"
+    )
+
+
+def test_of_choices_that_cost_the_same_the_better_counts() -> None:
+    lower, upper = cliff(uniform(("w2a3", 0.3, 2.0), ("w3a2", 0.4, 2.0), ("w2a2", 0.1, 1.0), ("w3a3", 0.5, 3.0)))
+    assert (lower.choice, upper.choice) == ("w2a2", "w3a2")
+
+
+def test_where_nothing_falls_there_is_no_cliff() -> None:
+    rows = uniform(("w2a2", 0.5, 1.0), ("w3a3", 0.5, 2.0), ("w4a4", 0.4, 3.0))
+    assert cliff(rows) is None
+    found = Landscape("val", "x.pt", 0.25, rows, [])
+    assert cliff_line(found).startswith("no cliff: ")
+    assert (found.plain()["cliff"], found.plain()["target_gbitops"]) == (None, None)
+
+
+@pytest.fixture(scope="module")
+def folder(make_run: Callable[..., Path]) -> Path:
+    """Holds `tiny.yaml` and `runs/tiny`, finetuned as far as the files tell."""
+    return make_run(SETTINGS, test_images=3)
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    init = str(folder / "runs" / "tiny" / "finetune" / "last.pt")
+    return ["--config", str(folder / "tiny.yaml"), "--init", init, *more]
+
+
+def test_figures_are_those_of_single_evaluations(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    main(words(folder, "--split", "test", "--json"))
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert "note" not in captured.err
+    experiment = Experiment(from_plain(yaml.safe_load((folder / "tiny.yaml").read_text())))
+    detector = experiment.quantized_detector().eval()
+    checkpoint = folder / "runs" / "tiny" / "finetune" / "last.pt"
+    detector.load_state_dict(load_checkpoint(checkpoint)["networks"]["detector"])
+    costs, loader = detector_costs(detector), experiment.test_loader()
+
+    images = [part for batch in loader for part in batch.split(len(batch.images))]
+    assert len(images) == 3
+
+    @torch.no_grad()
+    def loss(configuration: list[int]) -> float:
+        outputs = [detector(one.images, torch.tensor([configuration])) for one in images]
+        losses = [
+            detector.loss(output, one.boxes_xyxy, one.labels) for output, one in zip(outputs, images, strict=True)
+        ]
+        return sum(sum(own.values()).item() for own in losses) / 3
+
+    assert [row["choice"] for row in found["uniform"]] == ["w3a3", "w2a2", "w4a4"]
+    for k, row in enumerate(found["uniform"]):
+        report = experiment.evaluate(detector, loader, fixed([k] * 13))
+        assert (row["map_11pt"], row["gbitops"]) == (report.map_11pt, report.gbitops_detector)
+        assert row["loss"] == pytest.approx(loss([k] * 13), rel=1e-5)
+    assert found["policy_gbitops"] == policy_gbitops(experiment.policy(), 64)
+    assert [(step["position"], step["choice"]) for step in found["steps"]] == [
+        (name, choice) for name in detector.positions for choice in ("w3a3", "w2a2")
+    ]
+    for position in (0, 12):
+        step = found["steps"][2 * position + 1]
+        changed = [2] * position + [1] + [2] * (12 - position)
+        assert step["loss_rise"] == pytest.approx(loss(changed) - loss([2] * 13), abs=1e-5)
+        cost = [costs.gbitops(torch.tensor([configuration])).item() for configuration in ([2] * 13, changed)]
+        assert step["gbitops_saved"] == pytest.approx(cost[0] - cost[1], abs=1e-12)
+        assert step["rise_per_gbitops"] == pytest.approx(step["loss_rise"] / step["gbitops_saved"])
+
+
+def test_tables_have_a_line_for_every_choice_and_position_and_end_with_the_cliff(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    main(words(folder))
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[0].startswith("note: the network was trained on the train split")
+    lines = [line for line in captured.out.splitlines() if line]
+    assert lines[0].endswith("finetune/last.pt on the train split")
+    assert [line.split()[0] for line in lines[2:5]] == ["w2a2", "w3a3", "w4a4"]  # by cost
+    assert lines[6].split() == ["position", "w3a3", "per", "GBitOps", "w2a2", "per", "GBitOps"]
+    assert len(lines[7:-1]) == 13
+    assert all(len(line.split()) == 5 for line in lines[7:-1])
+    assert "cliff: " in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--split", "nowhere"], "no split 'nowhere'"),
+        (["--bits.choices=[[4, 4]]"], "bits.choices: expected two or more to compare, got one"),
+        (["--bits.choices=[[4, 4], [2, 2]]"], "trained with other settings: bits.choices"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(
+    folder: Path, capsys: pytest.CaptureFixture, more: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(words(folder, *more))
+    assert exit_.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+
+
+def test_without_a_pretrained_network_it_says_what_to_run(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny")])
+    assert "pretrain_quant: no checkpoint; run pretrain.py first" in capsys.readouterr().err
