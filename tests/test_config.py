@@ -257,7 +257,7 @@ def test_unknown_key_is_refused_with_the_nearest_and_the_known(
         (
             ["--bits", "uniform:w9a9"],
             "eval",
-            "--bits: expected one of policy, fp32, random, frequencies, modal, static, all, "
+            "--bits: expected one of policy, fp32, random, frequencies, modal, static, basic, all, "
             "uniform:w3a4, uniform:w4a4, uniform:w5a4, got uniform:w9a9",
         ),
         (
@@ -469,7 +469,7 @@ def test_help_shows_every_setting_with_its_text(capsys: pytest.CaptureFixture[st
     text = " ".join(capsys.readouterr().out.split())
     for part in (
         "--config FILE YAML file of the experiment (required)",
-        "--bits BITS policy, fp32, random, frequencies, modal, static, all or uniform:w3a4",
+        "--bits BITS policy, fp32, random, frequencies, modal, static, basic, all or uniform:w3a4",
         "--search.epochs EPOCHS passes over the training split.",
         "--search.policy_lr POLICY_LR learning rate of the policy (Adam, constant).",
         "--seed SEED seed of everything random.",

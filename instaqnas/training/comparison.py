@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def row_names(command: Command) -> list[str]:
-    """The ways to choose bits of `--bits basic` or `all` for which the run has the networks; a note tells what it lacks."""
+    """The ways to choose bits of `--bits basic` or `all` that the run has networks for; a note tells what it lacks."""
     names = [*(f"uniform:{choice_name(choice)}" for choice in command.config.bits.choices), "random"]
     if best_checkpoint(command.run, "pretrain_fp32").exists():
         names.insert(0, "fp32")

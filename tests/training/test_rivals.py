@@ -261,5 +261,5 @@ def test_a_run_without_a_search_compares_what_it_has_and_says_so(
     with caplog.at_level(logging.INFO):
         stages.run_eval(make_command("eval", run, "--bits", "all"))
     assert list(rows_of(run)) == ["uniform:w2a2", "uniform:w3a3", "uniform:w4a4", "random"]
-    assert "note: no rows frequencies, modal, static and policy" in caplog.text
+    assert "note: no policy (frequencies, modal, static, policy): " in caplog.text
     assert "note: no row fp32" in caplog.text
