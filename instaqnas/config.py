@@ -40,6 +40,7 @@ class DataConfig:
         vertical_flip: also flip images upside down in training (microscopy, drawings).
         workers: processes that decode and augment; 0 does it in the main process, -1 takes one per CPU, at most 8.
         cache: `ram` decodes every image once and keeps it, its shorter side shrunk to twice the network's input.
+        policy_share: share of the train split, kept from the detector, that the policy learns from; 0: both get all.
     """
 
     roots: list[str]
@@ -51,6 +52,7 @@ class DataConfig:
     vertical_flip: bool = False
     workers: int = -1
     cache: Literal["none", "ram"] = "none"
+    policy_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,13 @@ class PolicyConfig:
     """The policy network.
 
     Args:
-        pool: factor by which the image is average-pooled first.
+        input: what it looks at, the `image` or the features of the detector's `stem`, which then stays as pretrained.
+        pool: factor by which the image, or the features at half its size, are average-pooled first.
         width: channels of the first residual block; the later ones have 2, 4 and 8 times as many.
         bits: [weight bits, activation bits] at which it runs and is counted.
     """
 
+    input: Literal["image", "stem"] = "image"
     pool: int = 8
     width: int = 16
     bits: BitChoice = (8, 8)
@@ -114,12 +118,17 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Reward of one image from its detection quality (0 to 1) and its GBitOps, policy included.
+    """Reward of one image from its detection quality and its GBitOps, policy included.
+
+    Quality is 0 to 1, or the negative `loss` of the detector on the image, which has no lower end. That goes with
+    `quality` and `budget`, in which only differences of quality count. The multiplier of `budget` has to rise as far as
+    losses differ, so `multiplier_lr` and `multiplier_gain` are to grow in that proportion. The other rewards need a
+    share: `ratio` would look for costs where quality is negative, and the threshold of `window_*` lies from 0 to 1.
 
     Args:
         name: the formula; see instaqnas/policy/reward.py.
         quality: what quality means.
-        score_threshold: detections scored lower do not count for the quality.
+        score_threshold: detections scored lower do not count for the quality; `loss` counts all.
         exponent: strength of the cost in `ratio`.
         window_lower: lower end of the GBitOps window in `window_*`.
         window_upper_start: upper end of the window in the first epoch.
@@ -128,11 +137,12 @@ class RewardConfig:
         negative: weight of bad images in `window_*`.
         quality_threshold: quality from which an image is good in `window_*`.
         target_gbitops: mean GBitOps of the greedy configurations that `budget` settles on.
-        multiplier_lr: step of the multiplier of `budget` per policy step.
+        multiplier_lr: step of the multiplier of `budget` per policy step, by how far the cost is off, as a part of it.
+        multiplier_gain: how much of that takes effect at once, beyond the steps; it damps swings about the target.
     """
 
     name: Literal["quality", "ratio", "window_gate", "window_scaled", "window_signed", "budget"] = "ratio"
-    quality: Literal["precision", "recall", "f1", "ap"] = "f1"
+    quality: Literal["precision", "recall", "f1", "ap", "loss"] = "f1"
     score_threshold: float = 0.3
     exponent: float = 0.1
     window_lower: float = 42.0
@@ -143,6 +153,7 @@ class RewardConfig:
     quality_threshold: float = 0.6
     target_gbitops: float = 0.0
     multiplier_lr: float = 0.3
+    multiplier_gain: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -226,7 +237,10 @@ class SearchConfig(QuantTrainConfig):
         policy_batch_size: images a policy step, those of all processes.
         epsilon_start: share of uniform exploration in the first epoch.
         epsilon_end: share of uniform exploration in the last epoch; between them it moves linearly.
-        entropy_beta: weight of the entropy bonus.
+        entropy_start: weight of the entropy bonus in the first epoch.
+        entropy_end: weight of the entropy bonus in the last epoch; between them it moves linearly.
+        baseline: what a sample's reward is compared with, that of the `greedy` configuration or of the others (`rloo`).
+        samples: configurations that are drawn and judged for each image of a policy step; `rloo` needs 2.
         normalize_advantage: scale the advantages of a policy step to a root mean square of 1.
     """
 
@@ -234,7 +248,10 @@ class SearchConfig(QuantTrainConfig):
     policy_batch_size: int = 64
     epsilon_start: float = 0.5
     epsilon_end: float = 0.0
-    entropy_beta: float = 0.01
+    entropy_start: float = 0.01
+    entropy_end: float = 0.0
+    baseline: Literal["greedy", "rloo"] = "greedy"
+    samples: int = 1
     normalize_advantage: bool = True
 
 
@@ -337,17 +354,19 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("test_roots", all, "folders"),
     ("train_split test_split", len, "the name of a split"),
     (
-        "epochs batch_size policy_batch_size accumulate eval_every save_every pool candidates_per_class max_detections",
+        "epochs batch_size policy_batch_size samples accumulate eval_every save_every pool candidates_per_class "
+        "max_detections",
         lambda v: v >= 1,
         "at least 1",
     ),
     (
-        "threads warmup_epochs weight_decay step_size_lr_factor clip_grad_norm entropy_beta exponent "
-        "window_lower positive target_gbitops distill_weight batch_norm_batches save_minutes keep_checkpoints",
+        "threads warmup_epochs weight_decay step_size_lr_factor clip_grad_norm entropy_start entropy_end exponent "
+        "window_lower positive target_gbitops multiplier_gain distill_weight batch_norm_batches save_minutes "
+        "keep_checkpoints",
         lambda v: v >= 0,
         "at least 0",
     ),
-    ("ema_decay", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
+    ("ema_decay policy_share", lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     ("workers", lambda v: v >= -1, "at least 0, or -1 for one per CPU"),
     ("seed", lambda v: 0 <= v < 2**32, "0 to 4294967295"),
     ("negative", lambda v: v <= 0, "at most 0"),
@@ -382,11 +401,22 @@ def _check_combinations(config: Config) -> None:
             raise _unexpected(f"{section}.warmup_epochs", f"at most {section}.epochs = {epochs}", warmup)
         if batch % parts:
             raise _unexpected(f"{section}.accumulate", f"a divisor of {section}.batch_size = {batch}", parts)
-    pool, image_size = config.policy.pool, config.detector.image_size
-    if pool > image_size:
-        raise _unexpected("policy.pool", f"at most detector.image_size = {image_size}", pool)
+    _check_policy(config)
     _check_quantizer(config.bits)
     _check_reward(config.reward)
+    if config.search.baseline == "rloo" and config.search.samples < 2:
+        raise _unexpected("search.samples", "at least 2 for search.baseline = rloo", config.search.samples)
+
+
+def _check_policy(config: Config) -> None:
+    pool, image_size, positions = config.policy.pool, config.detector.image_size, config.bits.positions
+    if config.policy.input == "stem":
+        if positions != "pointwise":
+            raise _unexpected("policy.input", f"image for bits.positions = {positions}", config.policy.input)
+        if pool > (image_size + 1) // 2:
+            raise _unexpected("policy.pool", f"at most half of detector.image_size = {image_size}", pool)
+    if pool > image_size:
+        raise _unexpected("policy.pool", f"at most detector.image_size = {image_size}", pool)
 
 
 def _check_quantizer(bits: BitsConfig) -> None:
@@ -398,6 +428,8 @@ def _check_quantizer(bits: BitsConfig) -> None:
 
 
 def _check_reward(reward: RewardConfig) -> None:
+    if reward.quality == "loss" and reward.name not in ("quality", "budget"):
+        raise _unexpected("reward.quality", f"precision, recall, f1 or ap for reward.name = {reward.name}", "loss")
     if reward.name == "budget" and reward.target_gbitops == 0:
         raise _unexpected("reward.target_gbitops", "more than 0 for the reward `budget`", reward.target_gbitops)
     if reward.name.startswith("window_"):

@@ -211,7 +211,7 @@ def test_key_written_twice_is_refused(refusal: Callable[..., str], text: str, ex
         (
             "reward: {pos_weigth: 3}",
             "some.yaml: unknown key reward.pos_weigth; did you mean reward.positive? known: name, quality, ",
-            ", multiplier_lr",
+            ", multiplier_gain",
         ),
         ("serach: {epochs: 3}", "some.yaml: unknown key serach; did you mean search? known: data, ", ", seed, device"),
         ("epochs: 3", "some.yaml: unknown key epochs; did you mean search.epochs? known: data, ", ", device"),

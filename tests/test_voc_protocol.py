@@ -82,7 +82,8 @@ def test_the_paper_config_has_the_published_settings() -> None:
         (8, 8), (8, 8), (4, 4), (8, 8),
     )  # fmt: skip
     assert (config.policy.pool, config.policy.width) == (2, 16)
-    assert (config.search.policy_lr, config.search.policy_batch_size, config.search.entropy_beta) == (5e-4, 128, 0.8)
+    assert (config.search.policy_lr, config.search.policy_batch_size) == (5e-4, 128)
+    assert (config.search.entropy_start, config.search.entropy_end) == (0.8, 0.8)
     reward = config.reward
     assert (reward.name, reward.quality) == ("window_signed", "precision")
     assert (reward.positive, reward.negative, reward.quality_threshold) == (30, -10, 0.6)

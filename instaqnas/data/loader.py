@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -43,6 +44,18 @@ class Batch:
     difficult: Tensor
     image_ids: list[str]
     keys: list[SampleKey]
+
+    @property
+    def objects(self) -> Tensor:
+        """Number of objects of each image, int64 [B]."""
+        return (self.labels > 0).sum(1)
+
+    @property
+    def smallest_side(self) -> Tensor:
+        """Shortest side of any object of each image, float32 [B], pixels of the resized image; NaN without objects."""
+        sides = (self.boxes_xyxy[..., 2:] - self.boxes_xyxy[..., :2]).amin(-1).masked_fill(self.labels == 0, torch.inf)
+        smallest = F.pad(sides, (0, 1), value=torch.inf).amin(1)  # one more column, for N = 0
+        return smallest.masked_fill(smallest.isinf(), torch.nan)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; copies from pinned memory run in the background."""

@@ -4,6 +4,7 @@
     ROOT/ImageSets/Main/SPLIT.txt     one image id a line; further columns are ignored
     ROOT/Annotations/ID.xml
     ROOT/JPEGImages/ID.jpg            or .jpeg, .png
+    ROOT/difficulty.csv               how hard each image is, where that is known
 
 Several roots can be joined, as in VOC07+12.
 """
@@ -14,7 +15,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 from xml.etree import ElementTree
@@ -32,6 +33,7 @@ VOC_CLASSES = (
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_XML_BYTES = 10_000_000
 MAX_NAMED_OBJECTS = 10  # in a warning
+DIFFICULTY_HEADER = "image_id,difficulty"
 
 Box = tuple[float, float, float, float]
 
@@ -50,6 +52,7 @@ class Annotation:
         difficult: bool [N].
         width: of the stored image, in pixels.
         height: of the stored image, in pixels.
+        difficulty: of the whole image, from the root's difficulty.csv; NaN where it is not known.
     """
 
     image_id: str
@@ -59,6 +62,7 @@ class Annotation:
     difficult: np.ndarray
     width: int
     height: int
+    difficulty: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,35 @@ def read_split(roots: Sequence[str | Path], split: str, class_names: Sequence[st
         named = _join(dropped[:MAX_NAMED_OBJECTS]) + (", ..." if len(dropped) > MAX_NAMED_OBJECTS else "")
         warnings.warn(f"split {split!r}: dropped boxes without area: {len(dropped)} ({named})", stacklevel=2)
     return annotations
+
+
+def read_difficulties(root: str | Path) -> dict[str, float]:
+    """The difficulty of images by their ids, from the root's difficulty.csv; none where it has no such file.
+
+    The file has the line `image_id,difficulty`, then one for each image, such as `train_000000,0.25`. What the numbers
+    mean is up to the data set; higher is harder. Images may be missing.
+
+    Raises:
+        InputError: another first line, a line that is not an id and a number, or an id that comes twice.
+    """
+    path = Path(root) / "difficulty.csv"
+    if not path.is_file():
+        return {}
+    difficulties: dict[str, float] = {}
+    for number, line in enumerate(map(str.strip, _read_text(path).splitlines()), start=1):
+        where = f"{path}, line {number}"
+        if number == 1 and line != DIFFICULTY_HEADER:
+            raise InputError(f"{where}: expected {DIFFICULTY_HEADER}, got {line!r}")
+        if number == 1 or not line:
+            continue
+        image_id, _, text = line.rpartition(",")
+        difficulty = _finite_number(text)
+        if not image_id or difficulty is None:
+            raise InputError(f"{where}: expected an image id, a comma and a number, got {line!r}")
+        if image_id in difficulties:
+            raise InputError(f"{where}: {image_id!r} comes a second time")
+        difficulties[image_id] = difficulty
+    return difficulties
 
 
 def check_split(roots: Sequence[str | Path], split: str, class_names: Sequence[str]) -> SplitCheck:
@@ -204,6 +237,7 @@ def _read_annotations(
         try:
             _check_layout(root)
             ids = _read_ids(root, split, class_names)
+            difficulties = read_difficulties(root)
         except InputError as error:
             on_error(error)
             continue
@@ -211,6 +245,7 @@ def _read_annotations(
         for image_id in ids:
             try:
                 annotation, zero_area = _read_annotation(root, image_id, classes)
+                annotation = replace(annotation, difficulty=difficulties.get(image_id, math.nan))
             except InputError as error:
                 on_error(error)
                 continue
@@ -231,12 +266,15 @@ def _check_layout(root: Path) -> None:
             raise InputError(f"{root}: no folder {name}, so not in PASCAL VOC layout")
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _read_lines(path: Path) -> list[str]:
+    return [line.strip() for line in _read_text(path).splitlines() if line.strip()]
 
 
 def _labels_source(root: Path) -> str:
@@ -334,13 +372,18 @@ def _read_number(node: ElementTree.Element, tag: str, where: str) -> float:
     text = node.findtext(tag)
     if text is None:
         raise InputError(f"{where}: no {tag}")
+    value = _finite_number(text)
+    if value is None:
+        raise InputError(f"{where}: {tag} is not a number: {text!r}")
+    return value
+
+
+def _finite_number(text: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{where}: {tag} is not a number: {text!r}")
-    return value
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _read_size(tree: ElementTree.Element, path: Path) -> tuple[int, int]:

@@ -12,13 +12,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
+from instaqnas.detector.mobilenet import stem_channels
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy.network import PolicyNet, policy_gbitops
@@ -43,21 +44,30 @@ class Architecture:
     policy_pool: int
     policy_width: int
     policy_bits: BitChoice
+    policy_input: Literal["image", "stem"] = "image"  # files from before there was a choice do not say it
 
     def detector(self, classes: int) -> SwitchableSSD:
         """The detector, its weights not meant to be used; `classes` with background."""
-        return SwitchableSSD(
+        detector = SwitchableSSD(
             classes,
             self.bits,
             image_size=self.image_size,
             width=self.width,
             extras_batch_norm=self.extras_batch_norm,
         )
+        if self.policy_input == "stem":
+            detector.freeze_stem()
+        return detector
 
     def policy(self, positions: int) -> PolicyNet:
         """The policy, likewise."""
         return PolicyNet(
-            positions, len(self.bits.choices), pool=self.policy_pool, width=self.policy_width, bits=self.policy_bits
+            positions,
+            len(self.bits.choices),
+            pool=self.policy_pool,
+            width=self.policy_width,
+            bits=self.policy_bits,
+            stem_channels=stem_channels(self.width) if self.policy_input == "stem" else None,
         )
 
     @staticmethod

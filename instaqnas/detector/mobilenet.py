@@ -22,6 +22,11 @@ def scaled_channels(channels: int, width: float) -> int:
     return max(8, int(channels * width / 8 + 0.5) * 8)
 
 
+def stem_channels(width: float) -> int:
+    """Channels of the stem under a width multiplier."""
+    return scaled_channels(STEM_CHANNELS, width)
+
+
 class SeparableBlock(nn.Module):
     """ReLU and depthwise 3x3, then ReLU and pointwise, each with BatchNorm.
 
@@ -51,7 +56,7 @@ class MobileNet(nn.Module):
     def __init__(self, width: float, make: MakeConv) -> None:
         super().__init__()
         self.channels = [scaled_channels(out, width) for out, _ in BLOCKS]
-        in_channels = scaled_channels(STEM_CHANNELS, width)
+        in_channels = stem_channels(width)
         self.stem = make("stem", 3, in_channels, 3, stride=2, signed_input=True)
         self.blocks = nn.ModuleList()
         for out_channels, (_, stride) in zip(self.channels, BLOCKS, strict=True):
@@ -60,7 +65,10 @@ class MobileNet(nn.Module):
 
     def forward(self, x: Tensor, choice_of: ChoiceOf) -> list[Affine]:
         """Outputs of all blocks, before their ReLU, for normalised images [B, 3, S, S]."""
-        x = self.stem(x, choice_of.get(self.stem))
+        return self.after_stem(self.stem(x, choice_of.get(self.stem)), choice_of)
+
+    def after_stem(self, x: Affine, choice_of: ChoiceOf) -> list[Affine]:
+        """The same for the output of the stem."""
         outputs = []
         for block in self.blocks:
             x = block(x, choice_of)

@@ -39,8 +39,28 @@ def multibox_loss(
     Returns: scalars `box` and `class`.
     """
     positive = labels > 0
-    cross_entropy = F.cross_entropy(class_logits.transpose(1, 2).float(), labels, reduction="none")
-    chosen = positive | hard_negatives(cross_entropy.detach(), positive)
+    cross_entropy, chosen = _class_loss(class_logits, labels)
     positives = (positive.sum() if positives is None else positives).clamp(min=1)
     box_loss = F.smooth_l1_loss(box_offsets[positive].float(), targets[positive], reduction="sum")
     return {"box": box_loss / positives, "class": cross_entropy[chosen].sum() / positives}
+
+
+@torch.no_grad()
+def image_losses(box_offsets: Tensor, class_logits: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each image alone, float32 [B]: its box and class parts summed, divided by max(1, its own positives).
+
+    0 for an image without objects, whatever is predicted there. Arguments as those of `multibox_loss`.
+    """
+    positive = labels > 0
+    cross_entropy, chosen = _class_loss(class_logits, labels)
+    targets = torch.where(positive[..., None], targets, box_offsets)  # elsewhere they may not even be finite
+    box_loss = F.smooth_l1_loss(box_offsets.float(), targets.float(), reduction="none").sum((1, 2))
+    class_loss = torch.where(chosen, cross_entropy, 0.0).sum(1)
+    return (box_loss + class_loss) / positive.sum(1).clamp(min=1)
+
+
+def _class_loss(class_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every default box, and which of them count: positives and hard negatives; both [B, P]."""
+    positive = labels > 0
+    cross_entropy = F.cross_entropy(class_logits.transpose(1, 2).float(), labels, reduction="none")
+    return cross_entropy, positive | hard_negatives(cross_entropy.detach(), positive)

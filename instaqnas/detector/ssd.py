@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from instaqnas.detector.default_boxes import BOXES_PER_CELL, default_boxes, encode, match
 from instaqnas.detector.mobilenet import BLOCKS, ChoiceOf, MakeConv, MobileNet, scaled_channels
-from instaqnas.detector.multibox_loss import multibox_loss
+from instaqnas.detector.multibox_loss import image_losses, multibox_loss
 from instaqnas.pixels import normalized
 from instaqnas.quant.bitops import CostTable, LayerCost, measure_layers
 from instaqnas.quant.quantizers import FULL_PRECISION, Affine, QuantizerName
@@ -94,6 +95,18 @@ class SSDOutput:
     class_logits: Tensor
 
 
+class Look(NamedTuple):
+    """What there is to see of B images before their bits are chosen.
+
+    seen: what a policy looks at: the images, or the features of a frozen stem behind their ReLU, [B, C, ceil(S / 2),
+        ceil(S / 2)].
+    stem: the output of the frozen stem, from which `SwitchableSSD.forward` goes on; None where it is not frozen.
+    """
+
+    seen: Tensor
+    stem: Affine | None
+
+
 @dataclass(frozen=True)
 class Targets:
     """What the default boxes of images are to become: offsets [B, P, 4], arbitrary where labels [B, P] are 0."""
@@ -156,6 +169,7 @@ class SwitchableSSD(nn.Module):
     ) -> None:
         super().__init__()
         self.classes, self.image_size, self.choices, self.amp = classes, image_size, tuple(bits.choices), amp
+        self.stem_is_frozen = False
         layers_of: dict[str, list[SwitchableConv2d]] = {}
 
         def make(group: str, *shape: int, **settings: int | bool) -> SwitchableConv2d:
@@ -185,12 +199,44 @@ class SwitchableSSD(nn.Module):
         boxes = default_boxes(image_size, self._map_sizes(), box_sizes)
         self.register_buffer("default_boxes_cxcywh", boxes, persistent=False)
 
-    def forward(self, images: Tensor, choices: Tensor) -> SSDOutput:
+    def freeze_stem(self) -> None:
+        """Keeps the stem as it is from now on, without gradients and as in evaluation, so that `look` can show it.
+
+        What a policy has learned to look at then stays what it is while the detector is trained on.
+
+        Raises: ValueError if the policy controls the bits of the stem.
+        """
+        if "backbone.stem" in self.positions:
+            raise ValueError("the stem has no bits before they are chosen")
+        self.stem_is_frozen = True
+        self.backbone.stem.requires_grad_(False).eval()  # noqa: FBT003
+
+    def train(self, mode: bool = True) -> SwitchableSSD:  # noqa: FBT001, FBT002
+        """As `torch.nn.Module.train`, but for a frozen stem."""
+        super().train(mode)
+        if self.stem_is_frozen:
+            self.backbone.stem.eval()
+        return self
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> Look:
+        """What a policy can see of RGB images [B, 3, S, S], uint8 or float, 0 to 255.
+
+        The stem computed here is the detector's own: hand it to `forward`, and it is not computed again.
+        """
+        if not self.stem_is_frozen:
+            return Look(images, None)
+        with self._arithmetic(images):
+            stem = self.backbone.stem(normalized(images))
+        return Look(F.relu(stem.value()), stem)
+
+    def forward(self, images: Tensor, choices: Tensor, stem: Affine | None = None) -> SSDOutput:
         """Runs every image once, image b at bit configuration `choices[b]`.
 
         Args:
             images: RGB [B, 3, S, S], uint8 or float, 0 to 255.
             choices: [B, L] indices of the K bit choices, in the order of `positions`.
+            stem: what `look` has made of the images, if anybody has looked.
         """
         choice_of = dict(zip(map(self.get_submodule, self.positions), choices.unbind(1), strict=True))
 
@@ -198,9 +244,12 @@ class SwitchableSSD(nn.Module):
             maps = [head(x, choice_of.get(head)).value() for head, x in zip(heads, sources, strict=True)]
             return torch.cat([_per_box(y, values) for y in maps], 1)
 
-        bf16 = self.amp == "bf16"
-        with torch.autocast(images.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-            sources = self._sources(normalized(images), choice_of)
+        with self._arithmetic(images):
+            if stem is None:
+                blocks = self.backbone(normalized(images), choice_of)
+            else:
+                blocks = self.backbone.after_stem(stem, choice_of)
+            sources = self._sources(blocks, choice_of)
             return SSDOutput(predict(self.box_heads, 4), predict(self.class_heads, self.classes))
 
     def loss(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -208,15 +257,24 @@ class SwitchableSSD(nn.Module):
         targets = self.targets(boxes_xyxy, labels)
         return multibox_loss(output.box_offsets, output.class_logits, targets.offsets, targets.labels)
 
+    def image_losses(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor) -> Tensor:
+        """Multibox loss of each image alone, [B], without gradient; objects as in `loss`."""
+        targets = self.targets(boxes_xyxy, labels)
+        return image_losses(output.box_offsets, output.class_logits, targets.offsets, targets.labels)
+
     def targets(self, boxes_xyxy: Tensor, labels: Tensor) -> Targets:
         """What the default boxes are to become, for objects as in `loss`."""
         defaults = self.default_boxes_cxcywh
         matched_labels, boxes = match(box_convert(defaults, "cxcywh", "xyxy"), boxes_xyxy / self.image_size, labels)
         return Targets(encode(boxes, defaults), matched_labels)
 
-    def _sources(self, x: Tensor, choice_of: ChoiceOf) -> list[Affine]:
-        """The six feature maps that the heads look at, before their ReLU."""
-        blocks = self.backbone(x, choice_of)
+    def _arithmetic(self, images: Tensor) -> contextlib.AbstractContextManager:
+        """That of the convolutions, as `amp` says."""
+        bf16 = self.amp == "bf16"
+        return torch.autocast(images.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+    def _sources(self, blocks: Sequence[Affine], choice_of: ChoiceOf) -> list[Affine]:
+        """The six feature maps that the heads look at, before their ReLU, from those of all blocks."""
         sources = [blocks[block] for block in SOURCE_BLOCKS]
         for layer in self.extras:
             sources.append(layer(sources[-1], choice_of))

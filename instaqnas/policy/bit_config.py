@@ -1,8 +1,9 @@
 """Bit configurations [B, L]: the ways to choose them, and their log-probability and entropy under a policy.
 
-`ChooseBits` is the one interface between a detector loop and what chooses: images [B, 3, S, S] and their B keys ->
-choices [B, L]. What is random comes from a `Draw`: keys -> numbers in [0, 1), float64 [B, L], an image's own whatever
-batch it is in.
+`ChooseBits` is the one interface between a detector loop and what chooses: what a policy looks at and the B keys of the
+images -> choices [B, L]. It looks at the images [B, 3, S, S], or at features of theirs [B, C, H, W]; other ways to
+choose only take number and device from there. What is random comes from a `Draw`: keys -> numbers in [0, 1), float64
+[B, L], an image's own whatever batch it is in.
 """
 
 from __future__ import annotations

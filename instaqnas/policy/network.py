@@ -1,4 +1,6 @@
-"""The policy network: a small quantized residual network that looks at the image (paper, section on the policy)."""
+"""The policy network: a small quantized residual network that looks at the image (paper, section on the policy), or at
+the features of the detector's stem, which the detector computes anyway.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +33,37 @@ class ResidualBlock(nn.Module):
 
 
 class PolicyNet(nn.Module):
-    """Logits of the bit choices at every position, from the image.
+    """Logits of the bit choices at every position, from the image or from the features of the detector's stem.
+
+    The image is pooled, and goes through a 7x7 convolution and a max-pooling, both of stride 2. The features have half
+    its size already: they are pooled only, and go through a 3x3 convolution of stride 1. That the stem has run before
+    is no cost of the policy's: the detector goes on from the same features (`SwitchableSSD.look`).
 
     Args:
         positions: L.
         choices: K.
-        pool: factor by which the image is average-pooled first.
+        pool: factor by which the image, or the features, are average-pooled first.
         width: channels of the first block; the paper has 16.
         bits: (weight bits, activation bits) at which the network runs and is counted.
+        stem_channels: those of the detector's stem, to look at its features; None looks at the image.
     """
 
-    def __init__(self, positions: int, choices: int, *, pool: int, width: int, bits: BitChoice) -> None:
+    def __init__(
+        self,
+        positions: int,
+        choices: int,
+        *,
+        pool: int,
+        width: int,
+        bits: BitChoice,
+        stem_channels: int | None = None,
+    ) -> None:
         super().__init__()
-        self.positions, self.choices, self.pool = positions, choices, pool
-        self.stem = SwitchableConv2d(3, width, 7, [bits], stride=2, signed_input=True)
+        self.positions, self.choices, self.pool, self.stem_channels = positions, choices, pool, stem_channels
+        if stem_channels is None:
+            self.stem = SwitchableConv2d(3, width, 7, [bits], stride=2, signed_input=True)
+        else:
+            self.stem = SwitchableConv2d(stem_channels, width, 3, [bits])
         self.blocks = nn.Sequential()
         in_channels = width
         for units, stride in BLOCKS:
@@ -53,18 +72,37 @@ class PolicyNet(nn.Module):
         self.head = SwitchableConv2d(in_channels, positions * choices, 1, [bits], batch_norm=False)
         nn.init.normal_(self.head.weight, std=0.01)  # an almost uniform policy to start from
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, L, K] for RGB images [B, 3, S, S], uint8 or float, 0 to 255."""
-        x = F.avg_pool2d(normalized(images), self.pool, ceil_mode=True)  # no pixel left out
-        x = F.max_pool2d(F.relu(self.stem(x).value()), 3, stride=2, padding=1)
-        x = F.adaptive_avg_pool2d(self.blocks(x), 1)
+    def forward(self, seen: Tensor) -> Tensor:
+        """Logits [B, L, K] for RGB images [B, 3, S, S], uint8 or float, 0 to 255.
+
+        With `stem_channels`, for that many features [B, C, H, W] behind their ReLU.
+        """
+        x = self.blocks(self._from_image(seen) if self.stem_channels is None else self._from_stem(seen))
+        x = F.adaptive_avg_pool2d(x, 1)
         return self.head(x).value().view(-1, self.positions, self.choices)
+
+    def example(self, image_size: int) -> Tensor:
+        """Zeros of the shape of what it looks at, for one image of `image_size` pixels a side."""
+        side = image_size if self.stem_channels is None else -(-image_size // 2)
+        return torch.zeros(1, self.stem_channels or 3, side, side, device=self.head.weight.device)
+
+    @torch.no_grad()
+    def add_to_logits(self, offset: Tensor) -> None:
+        """Adds `offset` [L, K] to the logits of all images, once and for all."""
+        self.head.bias += offset.flatten().to(self.head.bias)
+
+    def _from_image(self, images: Tensor) -> Tensor:
+        x = F.avg_pool2d(normalized(images), self.pool, ceil_mode=True)  # no pixel left out
+        return F.max_pool2d(F.relu(self.stem(x).value()), 3, stride=2, padding=1)
+
+    def _from_stem(self, features: Tensor) -> Tensor:
+        return F.relu(self.stem(F.avg_pool2d(features, self.pool, ceil_mode=True)).value())
 
 
 def policy_layers(policy: PolicyNet, image_size: int) -> list[LayerCost]:
     """MACs and bits of every layer of the policy for images of `image_size` pixels a side."""
-    image = torch.zeros(1, 3, image_size, image_size, device=policy.head.weight.device)
-    return measure_layers(policy, lambda: policy(image))
+    seen = policy.example(image_size)
+    return measure_layers(policy, lambda: policy(seen))
 
 
 def policy_gbitops(policy: PolicyNet, image_size: int) -> float:

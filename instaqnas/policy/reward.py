@@ -71,10 +71,8 @@ def window_signed(
 
 
 def budget(quality: Tensor, gbitops: Tensor, *, target: float, multiplier: float) -> Tensor:
-    """q - multiplier * (e / target - 1): the Lagrangian of "the best quality at mean cost `target`"."""
+    """q - multiplier * (e / target - 1): the Lagrangian of "the best quality at mean cost `target`".
+
+    Where the multiplier comes from is in instaqnas/policy/budget.py.
+    """
     return quality - multiplier * (gbitops / target - 1)
-
-
-def updated_multiplier(multiplier: float, mean_gbitops: float, target: float, lr: float) -> float:
-    """Dual ascent: the multiplier grows while the mean cost is above the target, and never falls below 0."""
-    return max(0.0, multiplier + lr * (mean_gbitops / target - 1))

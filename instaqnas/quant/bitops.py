@@ -80,6 +80,10 @@ class CostTable:
         picked = self.table.gather(1, choices.cpu().T)  # [L, B]
         return (self.fixed + picked.sum(0)).double() / 1e9
 
+    def gbitops_table(self) -> Tensor:
+        """GBitOps of each choice at each position, float64 [L, K]; beside them there are `fixed` bit operations."""
+        return self.table.double() / 1e9
+
     def lowest(self) -> float:
         """GBitOps of the cheapest configuration."""
         return (self.fixed + int(self.table.amin(1).sum())) / 1e9

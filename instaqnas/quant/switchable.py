@@ -284,18 +284,18 @@ def reestimate_batch_norm(network: nn.Module, forward: Callable[[], object]) -> 
 
     They are those of all images of a choice together, whatever batches and processes they come in ("precise BatchNorm",
     Wu and Johnson, 2021, section 3); a choice that no image has keeps its own. On the way every batch is normalised by
-    its own statistics, as in training. Nothing else changes.
+    its own statistics, as in training. Nothing else changes, nor do layers that `network.train()` leaves in evaluation.
     """
     totals: dict[PerChoiceBatchNorm, Tensor] = {}
 
     def add(norm: PerChoiceBatchNorm, args: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
         totals[norm] = totals.get(norm, 0) + norm.totals(*args)
 
-    norms = [module for module in network.modules() if isinstance(module, PerChoiceBatchNorm)]
-    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
     was_training = network.training
+    network.train()
+    norms = [module for module in network.modules() if isinstance(module, PerChoiceBatchNorm) and module.training]
+    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
     try:
-        network.train()
         forward()
     finally:
         network.train(was_training)

@@ -20,6 +20,7 @@ def architecture_of(config: Config) -> Architecture:
         image_size=config.detector.image_size,
         width=config.detector.width,
         extras_batch_norm=config.detector.extras_batch_norm,
+        policy_input=config.policy.input,
         policy_pool=config.policy.pool,
         policy_width=config.policy.width,
         policy_bits=config.policy.bits,
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = parse_command("eval", ["--config", options.config, *named, *overrides])
         checkpoint = command.init or latest_policy_checkpoint(command)
         experiment = Experiment(command.config)
-        detector, policy = experiment.quantized_detector(), experiment.policy()
+        detector, policy = experiment.adaptive_detector(), experiment.policy()
         load_network(experiment, detector, "detector", checkpoint, stages=POLICY_STAGES)
         load_network(experiment, policy, "policy", checkpoint, stages=POLICY_STAGES)
         save_packed(options.out, detector, policy, architecture_of(command.config), experiment.class_names)

@@ -91,7 +91,7 @@ class Predictor:
         """
         checkpoint = command.init or latest_policy_checkpoint(command)
         experiment = Experiment(command.config, load_checkpoint(checkpoint)["classes"])
-        detector, policy = experiment.quantized_detector().eval(), experiment.policy().eval()
+        detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
         load_network(experiment, detector, "detector", checkpoint, stages=POLICY_STAGES)
         load_network(experiment, policy, "policy", checkpoint, stages=POLICY_STAGES)
         costs, policy_cost = detector_costs(detector), policy_gbitops(policy, detector.image_size)
@@ -112,8 +112,10 @@ class Predictor:
         """What is found on `image`, uint8 RGB [3, H, W] of any size, with at least this score."""
         resized = eval_transform(self.detector.image_size)({"image": tv_tensors.Image(image)})["image"]
         images = resized[None].to(self.device)
-        choices = greedy_by(self.policy)(images, ())
-        found = detect(self.detector, images, choices, replace(self.settings, score_threshold=score_threshold))
+        look = self.detector.look(images)
+        choices = greedy_by(self.policy)(look.seen, ())
+        settings = replace(self.settings, score_threshold=score_threshold)
+        found = detect(self.detector, images, choices, settings, look.stem)
         height, width = image.shape[1:]
         scale = torch.tensor([width, height, width, height]) / self.detector.image_size
         return Prediction(

@@ -99,11 +99,14 @@ def compare(
 ) -> None:
     """Adds all images of `loader` to `result`; `choose` gives their bits by float and by integer networks."""
     for batch in tqdm(loader, leave=False):
-        choices, same = (ways(batch.images, batch.keys) for ways in choose)
+        looks = [network.look(batch.images) for network in (detector, integer)]
+        choices, same = (ways(look.seen, batch.keys) for ways, look in zip(choose, looks, strict=True))
         result.images += len(batch.images)
         result.images_with_different_choices += int((choices != same).any(1).sum())
-        left = detect(detector, batch.images, choices, experiment.config.eval)
-        right = detect(integer, batch.images, choices, experiment.config.eval)
+        left, right = (
+            detect(network, batch.images, choices, experiment.config.eval, look.stem)
+            for network, look in zip((detector, integer), looks, strict=True)
+        )
         result.detections += int((left.labels > 0).sum())
         for image in range(len(batch.images)):
             found = [
@@ -117,7 +120,7 @@ def compare(
 
 def verify(experiment: Experiment, checkpoint: str, random_configurations: int) -> dict[str, Comparison]:
     """Comparisons under the policy's configurations and under random ones, each image at that many."""
-    detector, policy = experiment.quantized_detector().eval(), experiment.policy().eval()
+    detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
     load_network(experiment, detector, "detector", checkpoint, stages=POLICY_STAGES)
     load_network(experiment, policy, "policy", checkpoint, stages=POLICY_STAGES)
     integer, integer_policy = to_integer(detector), to_integer(policy)

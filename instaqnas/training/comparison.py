@@ -16,7 +16,7 @@ from pathlib import Path
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config import Command
 from instaqnas.data.loader import DetectionLoader
-from instaqnas.detector.ssd import DetectorBits
+from instaqnas.detector.ssd import DetectorBits, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy.bit_config import fixed, greedy_by, with_frequencies
 from instaqnas.policy.network import policy_gbitops
@@ -24,6 +24,7 @@ from instaqnas.training.experiment import (
     FULL_PRECISION_STAGES,
     POLICY_STAGES,
     QUANTIZED_STAGES,
+    Experiment,
     finished_checkpoint,
     latest_policy_checkpoint,
     load_network,
@@ -32,6 +33,7 @@ from instaqnas.training.experiment import (
 from instaqnas.training.report import ReportRow, choice_name
 from instaqnas.training.rivals import Rivals, fixed_config, fixed_stage, further_epochs
 from instaqnas.training.run_dir import best_checkpoint
+from instaqnas.training.survey import diagnose, survey
 
 log = logging.getLogger(__name__)
 
@@ -83,23 +85,34 @@ def measured_row(rivals: Rivals, name: str, source: Path, loader: DetectionLoade
         load_network(experiment, detector, "detector", source, stages=FULL_PRECISION_STAGES)
         report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector))
         return ReportRow(name, source, detector.choices, report, epochs)
+    if name == "policy":
+        return _row_of_policy(experiment, source, loader, epochs)
     detector = experiment.quantized_detector()
     load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
-    policy_cost = 0.0
     match name:
-        case "policy":
-            policy = experiment.policy()
-            load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
-            policy.eval()
-            choose, policy_cost = greedy_by(policy), policy_gbitops(policy, detector.image_size)
         case "random":
             choose = experiment.choose_random("eval")
         case "frequencies":
             choose = with_frequencies(rivals.habits.frequencies, experiment.draw("frequencies"))
         case _:
             choose = fixed(rivals.configuration(name))
-    report = experiment.evaluate(detector, loader, choose, policy_cost)
-    return ReportRow(name, source, detector.choices, report, epochs)
+    return ReportRow(name, source, detector.choices, experiment.evaluate(detector, loader, choose), epochs)
+
+
+def _row_of_policy(experiment: Experiment, source: Path, loader: DetectionLoader, epochs: int) -> ReportRow:
+    detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
+    load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
+    load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
+    reward, cost = experiment.config.reward, policy_gbitops(policy, detector.image_size)
+    report = experiment.evaluate(detector, loader, greedy_by(policy), cost)
+    diagnosis = diagnose(
+        survey(policy, detector, loader, experiment.device),
+        detector_costs(detector),
+        cost,
+        reward.target_gbitops if reward.name == "budget" else None,
+    )
+    diagnosis.log_collapse("the test split")
+    return ReportRow("policy", source, detector.choices, report, epochs, diagnosis)
 
 
 def _check_configuration(path: Path, rivals: Rivals, bits: str) -> None:

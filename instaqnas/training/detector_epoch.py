@@ -93,7 +93,8 @@ def _backward(
 
     With several processes the losses and choices are those of this one's images, the gradients those of all.
     """
-    targets = distributed.own(network).targets(batch.boxes_xyxy, batch.labels)
+    detector = distributed.own(network)
+    targets = detector.targets(batch.boxes_xyxy, batch.labels)
     positives = ranks.total(targets.positives)
     batches = batch.split(parts)
     further = [None] * parts if distill is None else distill([part.images for part in batches])
@@ -101,8 +102,9 @@ def _backward(
     for number, (part, target, distill_loss) in enumerate(zip(batches, targets.split(parts), further, strict=True)):
         is_last = number == parts - 1
         with contextlib.nullcontext() if is_last else distributed.only_own_gradients(network):
-            choices.append(choose_bits(part.images, part.keys))
-            output = network(part.images, choices[-1])
+            look = detector.look(part.images)
+            choices.append(choose_bits(look.seen, part.keys))
+            output = network(part.images, choices[-1], look.stem)
             own = multibox_loss(output.box_offsets, output.class_logits, target.offsets, target.labels, positives)
             if distill_loss is not None:
                 own["distill"] = distill_loss(output)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +15,26 @@ from torch.nn.utils.rnn import pad_sequence
 from instaqnas.config import EvalConfig
 from instaqnas.data.loader import Batch
 from instaqnas.detector.postprocess import Detections, postprocess
-from instaqnas.detector.ssd import SwitchableSSD
+from instaqnas.detector.ssd import SSDOutput, SwitchableSSD
 from instaqnas.metrics.coco import coco_ap
 from instaqnas.metrics.image_quality import QualityKind, image_quality
 from instaqnas.metrics.voc import DetectionRecords, RecordBatch, voc_map
 from instaqnas.policy.bit_config import ChooseBits
 from instaqnas.quant.bitops import CostTable
+from instaqnas.quant.quantizers import Affine
 from instaqnas.training import distributed
+
+RewardQuality = QualityKind | Literal["loss"]
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image: its bit configuration, GBitOps of the detector, quality (0 to 1), and counts.
+    """One image: its bit configuration, GBitOps of the detector, quality, counts, and what may make it hard.
 
-    `detections` counts those that the quality counts.
+    quality: 0 to 1, or the negative loss.
+    detections: those that a quality from 0 to 1 counts.
+    smallest_side: shortest side of any object, in pixels of the network's input; NaN without objects.
+    difficulty: from the data set; NaN where it is not known.
     """
 
     image_id: str
@@ -37,6 +43,8 @@ class ImageRow:
     quality: float
     objects: int
     detections: int
+    smallest_side: float
+    difficulty: float
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,8 @@ class Measured(NamedTuple):
     records: RecordBatch
 
 
-@torch.no_grad()
-def detect(detector: SwitchableSSD, images: Tensor, choices: Tensor, settings: EvalConfig) -> Detections:
-    """Detections of RGB images [B, 3, S, S], 0 to 255, under bit configurations [B, L]; `detector` is in eval mode."""
-    output = detector(images, choices)
+def detections_of(detector: SwitchableSSD, output: SSDOutput, settings: EvalConfig) -> Detections:
+    """Detections in what `detector` has put out."""
     return postprocess(
         output.box_offsets,
         output.class_logits,
@@ -81,6 +87,17 @@ def detect(detector: SwitchableSSD, images: Tensor, choices: Tensor, settings: E
         candidates_per_class=settings.candidates_per_class,
         max_detections=settings.max_detections,
     )
+
+
+@torch.no_grad()
+def detect(
+    detector: SwitchableSSD, images: Tensor, choices: Tensor, settings: EvalConfig, stem: Affine | None = None
+) -> Detections:
+    """Detections of RGB images [B, 3, S, S], 0 to 255, under bit configurations [B, L]; `detector` is in eval mode.
+
+    `stem` is what `detector.look` has made of the images, if a policy has looked.
+    """
+    return detections_of(detector, detector(images, choices, stem), settings)
 
 
 def quality_of(detections: Detections, batch: Batch, kind: QualityKind, score_threshold: float) -> Tensor:
@@ -97,6 +114,16 @@ def quality_of(detections: Detections, batch: Batch, kind: QualityKind, score_th
     )
 
 
+def negative_loss(detector: SwitchableSSD, output: SSDOutput, batch: Batch) -> Tensor:
+    """Quality [B] of the outputs for a batch: minus the multibox loss of each image alone.
+
+    At most 0, with no lower end. An image without objects has 0 whatever is detected, and difficult objects count like
+    all others: so the detector is trained.
+    """
+    return -detector.image_losses(output, batch.boxes_xyxy, batch.labels)
+
+
+@torch.no_grad()
 def evaluate(
     detector: SwitchableSSD,
     batches: Iterable[Batch],
@@ -106,8 +133,9 @@ def evaluate(
     policy_gbitops: float,
     class_names: tuple[str, ...],
     settings: EvalConfig,
-    quality: QualityKind,
+    quality: RewardQuality,
     quality_threshold: float,
+    difficulties: Sequence[float],
     device: torch.device,
 ) -> EvalReport:
     """Runs every image once and measures; all processes get the report on all images.
@@ -119,24 +147,32 @@ def evaluate(
         policy_gbitops: GBitOps that choosing costs an image; 0 where nothing is computed for it.
         class_names: without the background.
         quality, quality_threshold: the quality of the per-image table, and the lowest score it counts.
+        difficulties: of the images of the dataset; NaN where it is not known.
     """
     was_training = detector.training
     detector.eval()
     share = []
     for batch in batches:
         batch = batch.to(device)
-        choices = choose_bits(batch.images, batch.keys)
-        found = detect(detector, batch.images, choices, settings)
+        look = detector.look(batch.images)
+        choices = choose_bits(look.seen, batch.keys)
+        output = detector(batch.images, choices, look.stem)
+        found = detections_of(detector, output, settings)
         boxes = (found.boxes_xyxy, found.scores, found.labels, batch.boxes_xyxy, batch.labels, batch.difficult)
         columns = (
             choices,
             costs.gbitops(choices),
-            quality_of(found, batch, quality, quality_threshold),
-            (batch.labels > 0).sum(1),
+            negative_loss(detector, output, batch)
+            if quality == "loss"
+            else quality_of(found, batch, quality, quality_threshold),
+            batch.objects,
             ((found.labels > 0) & (found.scores >= quality_threshold)).sum(1),
+            batch.smallest_side,
         )
-        rows = list(map(ImageRow, batch.image_ids, *(column.tolist() for column in columns)))
-        share.append(Measured([key.index for key in batch.keys], rows, RecordBatch(*(t.cpu() for t in boxes))))
+        indices = [key.index for key in batch.keys]
+        hard = [difficulties[index] for index in indices]
+        rows = list(map(ImageRow, batch.image_ids, *(column.tolist() for column in columns), hard))
+        share.append(Measured(indices, rows, RecordBatch(*(t.cpu() for t in boxes))))
     detector.train(was_training)
     shares = distributed.gathered(share)
     report = None if shares is None else _report(_joined(shares), policy_gbitops, class_names)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from instaqnas.config import Command, Config, QuantTrainConfig, TrainConfig, com
 from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, collate, load_images, make_loader
 from instaqnas.data.transforms import SampleTransform, eval_transform, flip_transform, train_transform
 from instaqnas.data.voc import Annotation, read_class_names, read_split
+from instaqnas.detector.mobilenet import stem_channels
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs, position_count
 from instaqnas.errors import InputError
 from instaqnas.policy.bit_config import ChooseBits, Draw, fixed, sandwich, uniformly_random
@@ -26,6 +28,7 @@ from instaqnas.training import distributed
 from instaqnas.training.evaluate import EvalReport, evaluate
 from instaqnas.training.run_dir import best_checkpoint, kind_of
 
+TrainPart = Literal["detector", "policy"]  # of the train split
 CALIBRATION_IMAGES = 64
 CACHED_SIDE = 2  # shorter side of a cached image, in sides of the network's input
 PICTURES = 4
@@ -61,7 +64,7 @@ class Experiment:
         self.device = torch.device(name)
         self.class_names = read_class_names(config.data.roots) if class_names is None else tuple(class_names)
         self._annotations: dict[tuple[str, ...], list[Annotation]] = {}
-        self._images: list[np.ndarray] | None = None
+        self._images: list[np.ndarray] | None = None  # of the whole train split
 
     def detector(self, bits: DetectorBits) -> SwitchableSSD:
         """A detector on the device; first weights from the seed."""
@@ -84,6 +87,13 @@ class Experiment:
         bits = self.config.bits
         return self.detector(DetectorBits(**{item.name: getattr(bits, item.name) for item in fields(bits)}))
 
+    def adaptive_detector(self) -> SwitchableSSD:
+        """The quantized detector for a policy, which chooses its bits; its stem is frozen if the policy looks at it."""
+        detector = self.quantized_detector()
+        if self.config.policy.input == "stem":
+            detector.freeze_stem()
+        return detector
+
     def policy(self) -> PolicyNet:
         """The policy network on the device; first weights from the seed."""
         settings = self.config.policy
@@ -94,33 +104,46 @@ class Experiment:
             pool=settings.pool,
             width=settings.width,
             bits=settings.bits,
+            stem_channels=stem_channels(self.config.detector.width) if settings.input == "stem" else None,
         )
         return policy.to(self.device)
 
-    def check_shares(self, key: str, batch_size: int, parts: int = 1) -> None:
-        """Raises InputError, naming a setting, unless its batches give every process so many equal parts."""
-        data, shares = self.config.data, parts * world_size()
+    def check_shares(self, key: str, batch_size: int, parts: int = 1, *, part: TrainPart = "detector") -> None:
+        """Raises InputError, naming a setting, unless its batches give every process so many equal parts.
+
+        `part` is that of the train split which the batches come from.
+        """
+        shares = parts * world_size()
         if batch_size % shares:
             raise InputError(f"{key}: expected a multiple of {shares} (processes x accumulate), got {batch_size}")
-        images = len(self.annotations(data.roots, data.train_split))
+        images = len(self._train_indices(part))
+        if self.config.data.policy_share:
+            self._check_policy_share(key, batch_size, part)
+            self._check_policy_share("search.policy_batch_size", self.config.search.policy_batch_size, "policy")
         if shares > 1 and batch_size > images:  # the only batch would not be full
             raise InputError(f"{key}: expected at most the {images} training images, got {batch_size}")
 
     def train_loader(self, batch_size: int, stage: str) -> DetectionLoader:
-        """Augmented training images; order and augmentation differ by stage."""
+        """Augmented training images of the detector; order and augmentation differ by stage."""
         data = self.config.data
         build = train_transform if data.augmentation == "ssd" else flip_transform
         transform = build(self.config.detector.image_size, vertical_flip=data.vertical_flip)
-        return self._loader(data.roots, data.train_split, transform, batch_size, stage, training=True)
+        return self._loader(self._train_dataset("detector", transform, stage), batch_size, stage, training=True)
 
-    def plain_train_loader(self, batch_size: int, stage: str) -> DetectionLoader:
-        """Training images as evaluation sees images, in random order: what the policy learns from."""
-        data = self.config.data
-        return self._loader(data.roots, data.train_split, self._eval_transform, batch_size, stage, training=True)
+    def policy_loader(self, batch_size: int, stage: str) -> DetectionLoader:
+        """The images that the policy learns from, as evaluation sees images, in random order."""
+        dataset = self._train_dataset("policy", self._eval_transform, stage)
+        return self._loader(dataset, batch_size, stage, training=True)
+
+    def policy_images(self) -> DetectionLoader:
+        """The images that the policy learns from, as evaluation sees images, each once, in order."""
+        dataset = self._train_dataset("policy", self._eval_transform, "survey")
+        return self._loader(dataset, self.config.eval.batch_size, "survey", training=False)
 
     def eval_loader(self, split: str, roots: list[str]) -> DetectionLoader:
         """All images of a split in order."""
-        return self._loader(roots, split, self._eval_transform, self.config.eval.batch_size, "eval", training=False)
+        dataset = self._dataset(roots, split, self._eval_transform, "eval")
+        return self._loader(dataset, self.config.eval.batch_size, "eval", training=False)
 
     def val_loader(self) -> DetectionLoader | None:
         """The val split, None where the config has none."""
@@ -142,9 +165,8 @@ class Experiment:
         return self.eval_loader(self.tuning_split, self.config.data.roots)
 
     def calibration_batch(self) -> Batch:
-        """Random training images for the first step sizes."""
-        data = self.config.data
-        dataset = self._dataset(data.roots, data.train_split, self._eval_transform, "calibration")
+        """Random training images of the detector for the first step sizes."""
+        dataset = self._train_dataset("detector", self._eval_transform, "calibration")
         order = torch.randperm(len(dataset), generator=generator(self.config.seed, "calibration"))
         return _batch(dataset, order[:CALIBRATION_IMAGES].tolist()).to(self.device)
 
@@ -185,6 +207,7 @@ class Experiment:
             settings=self.config.eval,
             quality=self.config.reward.quality,
             quality_threshold=self.config.reward.score_threshold,
+            difficulties=[annotation.difficulty for annotation in loader.dataset.annotations],
             device=self.device,
         )
 
@@ -199,32 +222,49 @@ class Experiment:
     def _eval_transform(self) -> SampleTransform:
         return eval_transform(self.config.detector.image_size)
 
-    def _train_images(self) -> list[np.ndarray] | None:
-        """The decoded images of the train split, once for all loaders; None where `data.cache` is off."""
+    def _check_policy_share(self, key: str, batch_size: int, part: TrainPart) -> None:
+        share, images = self.config.data.policy_share, len(self._train_indices(part))
+        if batch_size > images:
+            raise InputError(
+                f"data.policy_share: {share:g} leaves the {part} {images} training images, fewer than "
+                f"{key} = {batch_size}"
+            )
+
+    def _train_indices(self, part: TrainPart) -> list[int]:
+        """Which images of the train split the detector is trained on, or the policy learns from.
+
+        All of them for both, or, where `data.policy_share` is not 0, that share drawn from the seed for the policy and
+        the others for the detector.
+        """
         data = self.config.data
+        images = len(self.annotations(data.roots, data.train_split))
+        if not data.policy_share:
+            return list(range(images))
+        order = torch.randperm(images, generator=generator(self.config.seed, "policy share")).tolist()
+        held_out = round(data.policy_share * images)
+        return sorted(order[:held_out] if part == "policy" else order[held_out:])
+
+    def _train_dataset(self, part: TrainPart, transform: SampleTransform, stage: str) -> DetectionDataset:
+        data, indices = self.config.data, self._train_indices(part)
+        annotations = self.annotations(data.roots, data.train_split)
         if data.cache == "ram" and self._images is None:
-            side = CACHED_SIDE * self.config.detector.image_size
-            self._images = load_images(self.annotations(data.roots, data.train_split), side)
-        return self._images
+            self._images = load_images(annotations, CACHED_SIDE * self.config.detector.image_size)
+        return DetectionDataset(
+            [annotations[index] for index in indices],
+            transform,
+            seed=derived_seed(self.config.seed, stage, "pixels"),
+            images=None if self._images is None else [self._images[index] for index in indices],
+        )
 
-    def _dataset(
-        self,
-        roots: list[str],
-        split: str,
-        transform: SampleTransform,
-        stage: str,
-        images: Sequence[np.ndarray] | None = None,
-    ) -> DetectionDataset:
+    def _dataset(self, roots: list[str], split: str, transform: SampleTransform, stage: str) -> DetectionDataset:
+        """A whole split, from its files."""
         seed = derived_seed(self.config.seed, stage, "pixels")
-        return DetectionDataset(self.annotations(roots, split), transform, seed=seed, images=images)
+        return DetectionDataset(self.annotations(roots, split), transform, seed=seed)
 
-    def _loader(
-        self, roots: list[str], split: str, transform: SampleTransform, batch_size: int, stage: str, *, training: bool
-    ) -> DetectionLoader:
+    def _loader(self, dataset: DetectionDataset, batch_size: int, stage: str, *, training: bool) -> DetectionLoader:
         workers = self.config.data.workers
-        images = self._train_images() if training else None  # what is reported comes from the files
         return make_loader(
-            self._dataset(roots, split, transform, stage, images),
+            dataset,
             batch_size,
             shuffle=training,
             seed=derived_seed(self.config.seed, stage, "order"),
@@ -278,6 +318,23 @@ def latest_policy_checkpoint(command: Command) -> Path:
     if best_checkpoint(command.run, "finetune").exists():
         return finished_checkpoint(command.run, "finetune", config.finetune, "finetune.py")
     return finished_checkpoint(command.run, "search", config.search, "search.py")
+
+
+def check_held_out(experiment: Experiment, path: Path) -> None:
+    """Raises InputError if the detector of a checkpoint was trained on images that are held out here for the policy."""
+    if not experiment.config.data.policy_share:
+        return
+    state = load_checkpoint(path)
+    try:
+        old = completed(state["config"])
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(f"{path}: of another version of this program ({error})") from error
+    before, now = (
+        {"seed": plain["seed"], "data": {key: plain["data"][key] for key in ("roots", "train_split", "policy_share")}}
+        for plain in (old, experiment.plain)
+    )
+    if changed := differences(before, now):
+        raise InputError(f"{path}: may have been trained on images that are held out here ({'; '.join(changed)})")
 
 
 def load_network(

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from instaqnas.config import TrainConfig
 from instaqnas.errors import InputError
+from instaqnas.policy.budget import Multiplier
 from instaqnas.training import distributed
 from instaqnas.training.epoch_sums import EpochSums
 from instaqnas.training.evaluate import EvalReport
@@ -32,7 +33,7 @@ class TrainState:
     networks: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     scheduler: LRScheduler
-    multiplier: float = 0.0
+    multiplier: Multiplier = Multiplier()
     epoch: int = 0
     best_map: float = -1.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class TrainState:
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scheduler": self.scheduler.state_dict(),
-            "multiplier": self.multiplier,
+            "multiplier": vars(self.multiplier),
             "epoch": self.epoch,
             "best_map": self.best_map,
             "metrics": self.metrics,
@@ -66,8 +67,9 @@ class TrainState:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.scheduler.load_state_dict(state["scheduler"])
-        for name in ("multiplier", "epoch", "best_map", "metrics"):
+        for name in ("epoch", "best_map", "metrics"):
             setattr(self, name, state[name])
+        self.multiplier = Multiplier(**state["multiplier"])
         self.running = {name: EpochSums(**sums) for name, sums in state.get("running", {}).items()}
 
 
@@ -81,6 +83,7 @@ def fit(
     after_training: Callable[[], None],
     validate: Callable[[], EvalReport] | None,
     keep_best: bool,
+    diagnose: Callable[[int], dict[str, float]],
     add_pictures: Callable[[int], None],
 ) -> None:
     """Trains to the last epoch from the last checkpoint, if there is one.
@@ -91,6 +94,7 @@ def fit(
         after_training: called once after the last epoch, before it is validated and saved.
         validate: evaluates on the val split; None where there is none.
         keep_best: keep the checkpoint with the highest mAP on the val split too.
+        diagnose: called, with the step, when it is time to validate, even without a val split; returns what to log.
         add_pictures: logs pictures of detections at a step.
     """
     epochs = settings.epochs
@@ -111,6 +115,8 @@ def fit(
             scalars |= {"eval/map": report.map_11pt, "eval/gbitops_total": report.gbitops_total}
             improved = keep_best and report.map_11pt > state.best_map
             state.best_map = max(state.best_map, report.map_11pt)
+        if due:
+            scalars |= diagnose(step)
         state.metrics = scalars
         # Before the checkpoint: from there on it would not be logged again.
         run_dir.log_epoch(state.epoch, step, scalars, choices)

@@ -14,6 +14,7 @@ from typing import Any
 from instaqnas.quant.switchable import BitChoice
 from instaqnas.training.evaluate import EvalReport
 from instaqnas.training.run_dir import versions, write_text
+from instaqnas.training.survey import Diagnosis
 
 ROW_KEYS = (
     "map_11pt",
@@ -36,7 +37,7 @@ def choice_name(choice: BitChoice) -> str:
 class ReportRow:
     """One way to choose bits: its name as in `--bits`, the checkpoint it ran on, its bit choices and its figures.
 
-    `finetuned` counts the epochs that the detector was trained for after pretraining.
+    `finetuned` counts the epochs that the detector was trained for after pretraining, `diagnosis` is that of a policy.
     """
 
     bits: str
@@ -44,12 +45,17 @@ class ReportRow:
     choices: tuple[BitChoice, ...]
     report: EvalReport
     finetuned: int = 0
+    diagnosis: Diagnosis | None = None
 
     def plain(self) -> dict[str, Any]:
         """Plain values for report.json."""
         figures = {key: getattr(self.report, key) for key in ROW_KEYS}
         detector = {"finetuned": self.finetuned, "checkpoint": str(self.checkpoint)}
-        return {"bits": self.bits, **figures, "ap_11pt": self.report.ap_11pt, **detector}
+        plain = {"bits": self.bits, **figures, "ap_11pt": self.report.ap_11pt, **detector}
+        if self.diagnosis is None:
+            return plain
+        modal = [choice_name(self.choices[choice]) for choice in self.diagnosis.modal]
+        return {**plain, "diagnostics": {**self.diagnosis.plain(), "modal_configuration": modal}}
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -77,16 +83,22 @@ def _write_per_image(path: Path, rows: Sequence[ReportRow]) -> None:
     positions = max(len(row.report.per_image[0].choices) for row in rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    header = ["bits", "image_id", "objects", "detections", "quality", "gbitops"]
+    header = ["bits", "image_id", "objects", "smallest_side", "difficulty", "detections", "quality", "gbitops"]
     writer.writerow([*header, *(f"position_{position:02d}" for position in range(positions))])
     for row in rows:
         names = [choice_name(choice) for choice in row.choices]
         for image in row.report.per_image:
-            figures = [image.objects, image.detections, f"{image.quality:.4f}", f"{image.gbitops:.6f}"]
+            hard = [image.objects, _known(image.smallest_side, 2), _known(image.difficulty, 4)]
+            figures = [*hard, image.detections, f"{image.quality:.4f}", f"{image.gbitops:.6f}"]
             chosen = [names[choice] for choice in image.choices]
             # Full precision has fewer layers to choose for where the policy controls more than the pointwise ones.
             writer.writerow([row.bits, image.image_id, *figures, *chosen, *[""] * (positions - len(chosen))])
     write_text(path, text.getvalue())
+
+
+def _known(value: float, decimals: int) -> str:
+    """`value` as text, empty for NaN."""
+    return "" if math.isnan(value) else f"{value:.{decimals}f}"
 
 
 def _finite(value: Any) -> Any:

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instaqnas.config import Command, Config
 from instaqnas.detector.ssd import detector_costs, position_count
 from instaqnas.errors import InputError
-from instaqnas.policy.bit_config import greedy_by
-from instaqnas.policy.network import policy_gbitops
+from instaqnas.policy.diagnostics import choice_frequencies, modal_configuration
+from instaqnas.policy.network import PolicyNet, policy_gbitops
 from instaqnas.training import distributed
 from instaqnas.training.experiment import (
     POLICY_STAGES,
@@ -38,6 +35,7 @@ from instaqnas.training.report import choice_name
 from instaqnas.training.run_dir import file_digest, kind_of, write_text
 from instaqnas.training.sensitivity import Sensitivity, mean_loss_on, measured_sensitivity
 from instaqnas.training.static_search import best_within
+from instaqnas.training.survey import survey
 
 # The sections whose epochs a detector was trained for after pretraining, by the kind of its stage.
 FURTHER_SECTIONS = {"search": ("search",), "finetune": ("search", "finetune"), "finetune_fixed": ("finetune",)}
@@ -113,7 +111,7 @@ class Rivals:
         return [choice_name(self.experiment.config.bits.choices[choice]) for choice in configuration]
 
     @cached_property
-    def policy(self) -> nn.Module:
+    def policy(self) -> PolicyNet:
         """The run's latest policy, in eval mode."""
         policy = self.experiment.policy()
         source = latest_policy_checkpoint(self.command)
@@ -123,16 +121,14 @@ class Rivals:
     @cached_property
     def habits(self) -> Habits:
         """What the policy does with `Experiment.tuning_split`."""
-        experiment, choose = self.experiment, greedy_by(self.policy)
-        detector = experiment.quantized_detector()
-        loader = distributed.progress_bar(experiment.tuning_loader(), "choices of the policy")
-        own = [choose(batch.images.to(experiment.device), batch.keys).cpu() for batch in loader]
-        shares = distributed.gathered(own)
-        choices = distributed.from_writer(None if shares is None else torch.cat([c for share in shares for c in share]))
-        counts = Counter(map(tuple, choices.tolist()))
+        experiment, detector = self.experiment, self.experiment.adaptive_detector().eval()
+        source = latest_policy_checkpoint(self.command)
+        load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
+        found = survey(self.policy, detector, experiment.tuning_loader(), experiment.device)
+        choices = found.logits.argmax(-1)
         return Habits(
-            F.one_hot(choices, len(detector.choices)).double().mean(0),
-            list(min(counts, key=lambda configuration: (-counts[configuration], configuration))),
+            choice_frequencies(choices, len(detector.choices)),
+            modal_configuration(choices).tolist(),
             detector_costs(detector).gbitops(choices).mean().item() + policy_gbitops(self.policy, detector.image_size),
         )
 

@@ -24,7 +24,6 @@ from instaqnas.detector.distillation import distillation_loss, foreground
 from instaqnas.detector.pretrained import load_pretrained
 from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
-from instaqnas.policy import reward as rewards
 from instaqnas.policy.bit_config import ChooseBits, fixed, greedy_by, sampled_by
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
@@ -34,12 +33,13 @@ from instaqnas.ranks import alone, total
 from instaqnas.training import distributed
 from instaqnas.training.comparison import measured_row, row_names, row_source
 from instaqnas.training.detector_epoch import Distill, train_detector_epoch
-from instaqnas.training.evaluate import EvalReport, detect, quality_of
+from instaqnas.training.evaluate import EvalReport, detect
 from instaqnas.training.experiment import (
     FULL_PRECISION_STAGES,
     POLICY_STAGES,
     QUANTIZED_STAGES,
     Experiment,
+    check_held_out,
     finished_checkpoint,
     load_network,
     pretrained_checkpoint,
@@ -48,7 +48,7 @@ from instaqnas.training.experiment import (
 from instaqnas.training.fit import TrainState, fit
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
 from instaqnas.training.pictures import draw_detections, draw_objects
-from instaqnas.training.policy_epoch import Judge, Outcome, train_policy_epoch
+from instaqnas.training.policy_training import PolicyTraining
 from instaqnas.training.preflight import quick_preflight
 from instaqnas.training.report import format_table, write_report
 from instaqnas.training.rivals import Rivals, fixed_config, fixed_stage
@@ -149,10 +149,13 @@ class DetectorTraining:
         policy_cost: float = 0.0,
         keep_best: bool = True,
         batch_norm_batches: int = 0,
+        finish: Callable[[], None] = lambda: None,
+        diagnose: Callable[[int], dict[str, float]] = lambda step: {},
     ) -> None:
         """Trains to the end; validates and draws each time under what `choose_bits()` returns.
 
         BatchNorm takes its last statistics from `batch_norm_batches` training batches under the same; 0 leaves them.
+        After that, and before all is measured for the last time, comes `finish`. `diagnose` as for `fit`.
         """
         val_loader = self.experiment.val_loader()
         shown = self.experiment.picture_batch()
@@ -160,6 +163,7 @@ class DetectorTraining:
         def after_training() -> None:
             if batch_norm_batches:
                 self._reestimate_batch_norm(choose_bits(), batch_norm_batches)
+            finish()
 
         def validate() -> EvalReport:
             return self.experiment.evaluate(self.result, val_loader, choose_bits(), policy_cost)
@@ -176,6 +180,7 @@ class DetectorTraining:
             after_training=after_training,
             validate=None if val_loader is None else validate,
             keep_best=keep_best,
+            diagnose=diagnose,
             add_pictures=add_pictures,
         )
 
@@ -186,7 +191,8 @@ class DetectorTraining:
         def forward() -> None:
             for batch in islice(self.loader, batches):
                 images = batch.images.to(self.experiment.device)
-                self.result(images, choose_bits(images, batch.keys))
+                look = self.result.look(images)
+                self.result(images, choose_bits(look.seen, batch.keys), look.stem)
 
         reestimate_batch_norm(self.result, forward)
 
@@ -222,6 +228,7 @@ def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> N
     run_dir = RunDir(command.run, "pretrain_quant", experiment.plain, experiment.class_names, source=source)
     detector = experiment.quantized_detector()
     if not run_dir.last.exists():
+        check_held_out(experiment, source)
         full = experiment.detector(DetectorBits.full_precision())
         load_network(experiment, full, "detector", source, stages=FULL_PRECISION_STAGES)
         copy_weights(full, detector)
@@ -245,9 +252,9 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
     experiment, config = _start(command, build, "search"), command.config
     settings = config.search
     source = command.init or pretrained_checkpoint(command)
-    detector, policy = experiment.quantized_detector(), experiment.policy()
-    costs, policy_cost = detector_costs(detector), policy_gbitops(policy, detector.image_size)
-    _check_costs(command.config.reward, costs, policy_cost)
+    detector, policy = experiment.adaptive_detector(), experiment.policy()
+    policy_cost = policy_gbitops(policy, detector.image_size)
+    _check_costs(config.reward, detector_costs(detector), policy_cost)
     teacher = teacher_checkpoint(command, "search", settings)
     run_dir = RunDir(
         command.run,
@@ -259,54 +266,19 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
         restart=command.restart,
     )
     if not run_dir.last.exists():
+        check_held_out(experiment, source)
         load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
-        images = experiment.calibration_batch().images
+        seen = detector.look(experiment.calibration_batch().images).seen
         with alone():
-            calibrate(policy, lambda: policy(images))
+            calibrate(policy, lambda: policy(seen))
     distill = _distillation(experiment, teacher, settings.distill_weight)
     training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
-    state = training.state
-    state.networks["policy"] = policy
-    state.optimizers["policy"] = torch.optim.Adam(policy.parameters(), lr=settings.policy_lr)
-    experiment.check_shares("search.policy_batch_size", settings.policy_batch_size)
-    policy_network = distributed.parallel(policy)
-    policy_loader = experiment.plain_train_loader(settings.policy_batch_size, "search policy")
+    learning = PolicyTraining.begin(experiment, run_dir, training.state, training.result, policy)
 
     def train_epoch(epoch: int) -> dict[str, float]:
-        progress = epoch / max(1, settings.epochs - 1)
-        epsilon = settings.epsilon_start + (settings.epsilon_end - settings.epsilon_start) * progress
-        training.result.eval()
-        sums = state.sums("policy")
-        policy_loader.set_epoch(epoch, first_batch=sums.steps)
-        bar = distributed.progress_bar(policy_loader, f"search {epoch + 1}/{settings.epochs} policy", sums.steps)
-
-        def after_step(scalars: dict[str, float]) -> None:
-            bar.set_postfix(loss=f"{scalars['policy/loss']:.3f}", reward=f"{scalars['reward/sampled']:.3f}")
-            if config.reward.name == "budget":
-                state.multiplier = rewards.updated_multiplier(
-                    state.multiplier,
-                    scalars["cost/gbitops_greedy"],  # what is used in the end; samples explore
-                    config.reward.target_gbitops,
-                    config.reward.multiplier_lr,
-                )
-            training.save_if_due()
-
-        train_policy_epoch(
-            policy_network,
-            bar,
-            _judge(experiment, training.result, costs, policy_cost, state, progress),
-            state.optimizers["policy"],
-            sums=sums,
-            epsilon=epsilon,
-            entropy_beta=settings.entropy_beta,
-            normalize_advantage=settings.normalize_advantage,
-            device=experiment.device,
-            draw=experiment.draw("policy samples"),
-            on_step=after_step,
-        )
-        policy.eval()
-        losses = training.epoch(epoch, sampled_by(policy, epsilon, experiment.draw("search")))
-        return {**sums.means(), "policy/epsilon": epsilon, "policy/multiplier": state.multiplier, **losses}
+        scalars = learning.epoch(epoch, training.save_if_due)
+        choose = sampled_by(policy, learning.epsilon(epoch), experiment.draw("search"))
+        return {**scalars, **training.epoch(epoch, choose)}
 
     policy.eval()
     # The highest mAP would be that of an early, expensive policy: what counts is where the search ends.
@@ -316,6 +288,8 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
         policy_cost=policy_cost,
         keep_best=False,
         batch_norm_batches=settings.batch_norm_batches,
+        finish=learning.meet_budget,
+        diagnose=learning.diagnose,
     )
 
 
@@ -356,7 +330,7 @@ def run_finetune(command: Command, build: BuildExperiment = Experiment) -> None:
         teacher=teacher,
         restart=command.restart,
     )
-    detector, policy = experiment.quantized_detector(), experiment.policy()
+    detector, policy = experiment.adaptive_detector(), experiment.policy()
     if not run_dir.last.exists():
         load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
         load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
@@ -462,54 +436,6 @@ def _distillation(experiment: Experiment, teacher: Path | None, weight: float) -
     return distill
 
 
-def _judge(
-    experiment: Experiment,
-    detector: SwitchableSSD,
-    costs: CostTable,
-    policy_cost: float,
-    state: TrainState,
-    progress: float,
-) -> Judge:
-    """What the policy is rewarded for at `progress` (0 to 1) through the search."""
-    config = experiment.config
-    settings = config.reward
-    # What is scored lower does not count, and cannot suppress what is scored higher.
-    threshold = max(config.eval.score_threshold, settings.score_threshold)
-    suppression = replace(config.eval, score_threshold=threshold)
-
-    def judge(batch: Batch, choices: Tensor) -> Outcome:
-        detections = detect(detector, batch.images, choices, suppression)
-        quality = quality_of(detections, batch, settings.quality, settings.score_threshold)
-        gbitops = costs.gbitops(choices).to(quality) + policy_cost
-        return Outcome(quality, gbitops, reward(quality, gbitops))
-
-    def reward(quality: Tensor, gbitops: Tensor) -> Tensor:
-        window = rewards.scheduled_window(
-            settings.window_lower, settings.window_upper_start, settings.window_upper_end, progress
-        )
-        threshold, positive, negative = settings.quality_threshold, settings.positive, settings.negative
-        match settings.name:
-            case "quality":
-                return quality
-            case "ratio":
-                return rewards.ratio(quality, gbitops, reference=costs.highest(), exponent=settings.exponent)
-            case "window_gate":
-                return rewards.window_gate(
-                    quality, gbitops, window=window, threshold=threshold, positive=positive, negative=negative
-                )
-            case "window_scaled":
-                return rewards.window_scaled(quality, gbitops, window=window, threshold=threshold, positive=positive)
-            case "window_signed":
-                return rewards.window_signed(
-                    quality, gbitops, window=window, threshold=threshold, positive=positive, negative=negative
-                )
-            case "budget":
-                return rewards.budget(quality, gbitops, target=settings.target_gbitops, multiplier=state.multiplier)
-        raise AssertionError(settings.name)
-
-    return judge
-
-
 @torch.no_grad()
 def _add_pictures(
     experiment: Experiment,
@@ -524,7 +450,8 @@ def _add_pictures(
         return
     was_training = detector.training
     detector.eval()
-    found = detect(detector, batch.images, choose_bits(batch.images, batch.keys), experiment.config.eval)
+    look = detector.look(batch.images)
+    found = detect(detector, batch.images, choose_bits(look.seen, batch.keys), experiment.config.eval, look.stem)
     detector.train(was_training)
     for index in range(len(batch.images)):
         shown = found.scores[index] >= PICTURE_SCORE

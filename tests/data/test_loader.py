@@ -271,3 +271,26 @@ def test_an_image_of_another_size_than_its_annotation_is_an_error(annotations):
     with pytest.raises(InputError) as caught:
         DetectionDataset(annotations, eval_transform(32))[SampleKey(0, 0)]
     assert str(caught.value) == f"{path}: 60 x 80 pixels, but its annotation says 80 x 60"
+
+
+# --- Objects of a batch -----------------------------------------------------------------------------------------------
+
+
+def make_batch(boxes: list, labels: list) -> Batch:
+    labels = torch.tensor(labels)
+    keys = [SampleKey(0, index) for index in range(len(labels))]
+    images = torch.zeros(len(labels), 3, 4, 4, dtype=torch.uint8)
+    return Batch(images, torch.tensor(boxes).view(*labels.shape, 4), labels, labels > 5, ["x"] * len(labels), keys)
+
+
+def test_objects_and_the_smallest_side_leave_padding_out():
+    boxes = [[[0.0, 0, 30, 20], [5, 5, 12, 60]], [[1, 1, 41, 9], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]]
+    batch = make_batch(boxes, [[1, 2], [3, 0], [0, 0]])
+    assert batch.objects.tolist() == [2, 1, 0]
+    assert batch.smallest_side.tolist() == pytest.approx([7, 8, float("nan")], nan_ok=True)
+
+
+def test_a_batch_without_any_object_has_no_smallest_side():
+    batch = make_batch([[], []], [[], []])
+    assert batch.objects.tolist() == [0, 0]
+    assert batch.smallest_side.isnan().tolist() == [True, True]

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from instaqnas.data import voc
 from instaqnas.data.shapes import draw_image, generate_shapes
 from instaqnas.errors import InputError
 from instaqnas.tools.shapes import main
@@ -53,6 +54,14 @@ def background_clutter(image: np.ndarray, boxes: np.ndarray) -> float:
     for xmin, ymin, xmax, ymax in boxes:
         outside[max(ymin - 4, 0) : ymax + 3, max(xmin - 4, 0) : xmax + 3] = False
     return steps[outside].mean()
+
+
+def test_the_reader_finds_the_difficulty_of_every_image(tree: Path) -> None:
+    written = read_difficulties(tree)
+    for split, count in COUNTS.items():
+        annotations = voc.read_split([tree], split, voc.read_class_names([tree]))
+        assert len(annotations) == count
+        assert all(annotation.difficulty == written[annotation.image_id] for annotation in annotations)
 
 
 def test_same_seed_gives_the_same_bytes(tree: Path, tmp_path: Path) -> None:

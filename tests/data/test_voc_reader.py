@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -355,3 +356,38 @@ def test_a_header_is_read_in_stored_pixels(tmp_path, suffix):
     annotation.image_path.unlink()
     with pytest.raises(InputError, match=rf"a\{suffix}: cannot be read: No such file"):
         voc.check_image_header(annotation)
+
+
+# --- Difficulty -------------------------------------------------------------------------------------------------------
+
+
+def test_difficulties_come_from_the_root_of_each_image(tmp_path):
+    box = object_xml((1, 1, 10, 10))
+    roots = [write_root(tmp_path / name, {image_id: SIZE + box for image_id in "ab"}) for name in ("one", "two")]
+    (roots[0] / "difficulty.csv").write_text("image_id,difficulty\nb,0.25\n\nother,7\nwith,comma,-1e3\n")
+    annotations = voc.read_split(roots, "train", ("cat", "dog"))
+    assert [annotation.image_id for annotation in annotations] == ["a", "b", "a", "b"]
+    assert [annotation.difficulty for annotation in annotations] == pytest.approx(
+        [math.nan, 0.25, math.nan, math.nan], nan_ok=True
+    )
+    assert voc.read_difficulties(roots[0]) == {"b": 0.25, "other": 7, "with,comma": -1000}
+    assert voc.read_difficulties(roots[1]) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,0.5\n", "line 1: expected image_id,difficulty, got 'a,0.5'"),
+        ("image_id,difficulty\na,0.5\nb\n", "line 3: expected an image id, a comma and a number, got 'b'"),
+        ("image_id,difficulty\n0.5\n", "line 2: expected an image id, a comma and a number, got '0.5'"),
+        ("image_id,difficulty\n,0.5\n", "line 2: expected an image id, a comma and a number, got ',0.5'"),
+        ("image_id,difficulty\n\na,hard\n", "line 3: expected an image id, a comma and a number, got 'a,hard'"),
+        ("image_id,difficulty\na,nan\n", "line 2: expected an image id, a comma and a number, got 'a,nan'"),
+        ("image_id,difficulty\na,0.5\nb,1\na,0.5\n", "line 4: 'a' comes a second time"),
+    ],
+)
+def test_malformed_difficulties_name_file_and_line(tmp_path, text, message):
+    root = write_root(tmp_path, {"a": SIZE + object_xml((1, 1, 10, 10))})
+    (root / "difficulty.csv").write_text(text)
+    assert_split_error(root, f"{root}/difficulty.csv, {message}")
+    assert voc.check_split([root], "train", ("cat", "dog")).problems[0] == f"{root}/difficulty.csv, {message}"

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from instaqnas.detector.multibox_loss import hard_negatives, multibox_loss
+from instaqnas.detector.multibox_loss import hard_negatives, image_losses, multibox_loss
 
 
 def naive_loss(offsets: list, logits: list, targets: list, labels: list) -> tuple[float, float]:
@@ -132,3 +132,31 @@ def test_targets_of_the_background_do_not_matter_at_all() -> None:
     for poison in (math.inf, -math.inf, math.nan):
         poisoned = torch.where((labels > 0)[..., None], targets, poison)
         assert multibox_loss(offsets, logits, poisoned, labels) == expected
+
+
+# --- The loss of each image -------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_an_image_is_that_of_a_naive_loop_over_it_alone() -> None:
+    case = random_case()
+    losses = image_losses(*case)
+    alone = [naive_loss(*([rows] for rows in image)) for image in zip(*(t.tolist() for t in case), strict=True)]
+    expected = torch.tensor([box + classes for box, classes in alone])
+    assert expected[1] == 0  # no objects
+    assert len(expected.unique()) == 4
+    torch.testing.assert_close(losses, expected)
+
+
+def test_the_loss_of_an_image_does_not_depend_on_its_batch() -> None:
+    case = random_case()
+    whole = image_losses(*case)
+    for image in range(4):
+        torch.testing.assert_close(image_losses(*(tensor[image : image + 1] for tensor in case))[0], whole[image])
+
+
+def test_the_loss_of_an_image_ignores_targets_of_the_background() -> None:
+    offsets, logits, targets, labels = random_case()
+    expected = image_losses(offsets, logits, targets, labels)
+    for poison in (math.inf, -math.inf, math.nan):
+        poisoned = torch.where((labels > 0)[..., None], targets, poison)
+        assert torch.equal(image_losses(offsets, logits, poisoned, labels), expected)

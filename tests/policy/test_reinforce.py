@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from instaqnas.policy.bit_config import entropy, log_prob, mix_uniform, sample
-from instaqnas.policy.reinforce import normalized, policy_gradient_loss
-from instaqnas.policy.reward import budget, updated_multiplier
+from instaqnas.policy.budget import Multiplier
+from instaqnas.policy.reinforce import leave_one_out, normalized, policy_gradient_loss
+from instaqnas.policy.reward import budget
 
 
 def vector(*values: float) -> Tensor:
@@ -35,6 +36,40 @@ def test_normalized_advantages_keep_sign_and_ratio_and_have_a_root_mean_square_o
     assert normalized(vector(3.0, -4.0, 0.0, 0.0)).tolist() == pytest.approx([1.2, -1.6, 0, 0])  # rms is 2.5
     assert normalized(vector(0.0, 0.0)).tolist() == [0, 0]
     assert normalized(vector(1e-3)).tolist() == pytest.approx([1])
+
+
+# --- Several samples an image -----------------------------------------------------------------------------------------
+
+
+def test_leave_one_out_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 0.0], [2.0, 5.0], [6.0, 1.0]])  # 3 samples of 2 images
+    expected = torch.tensor([[1 - 4, 0 - 3], [2 - 3.5, 5 - 0.5], [6 - 1.5, 1 - 2.5]])
+    torch.testing.assert_close(leave_one_out(rewards), expected)
+
+
+def test_leaving_one_of_two_out_compares_them_with_each_other() -> None:
+    assert leave_one_out(torch.tensor([[3.0], [1.0]])).tolist() == [[2.0], [-2.0]]
+
+
+def test_loss_of_several_samples_is_the_mean_over_all_of_them() -> None:
+    log_prob, advantage = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
+    loss = policy_gradient_loss(log_prob, advantage, vector(0.7, 0.9), 0.1)
+    assert loss.item() == pytest.approx((1 + 4 - 3 + 2) / 4 - 0.1 * 0.8)
+
+
+@pytest.mark.parametrize("samples", [2, 4])
+def test_the_expected_gradient_under_leave_one_out_is_that_of_the_expected_reward(samples: int) -> None:
+    """Over all draws of several actions, each by its probability."""
+    logits = vector(0.2, -0.5, 1.0).requires_grad_()
+    reward = vector(1.0, 3.0, -2.0)
+    (exact,) = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
+    p = logits.softmax(0)
+    draws = torch.cartesian_prod(*[torch.arange(3)] * samples).T  # [n, 3^n]: an image for each draw
+    weight = p.detach()[draws].prod(0)
+    advantage = leave_one_out(reward[draws]) * weight * draws.shape[1]  # the mean over images becomes the expectation
+    loss = policy_gradient_loss(p[draws].log(), advantage, torch.zeros(draws.shape[1]).double(), 0.0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, -exact)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.8])
@@ -116,15 +151,15 @@ def test_reinforce_with_dual_ascent_settles_at_the_target_cost_and_spends_it_whe
     gain = torch.arange(contexts) / contexts  # quality that cost 2 brings over cost 1
     table = torch.zeros(contexts, 1, 2, requires_grad=True)
     descent = torch.optim.Adam([table], lr=0.05)
-    multiplier, costs = 0.0, []
+    multiplier, costs = Multiplier(), []
     for _ in range(600):
         context = torch.randint(contexts, (64,), generator=g)
         logits = table[context]
         behaviour = mix_uniform(logits, 0.1)
         choices = sample(behaviour, torch.rand(behaviour.shape[:2], generator=g, dtype=torch.float64))
 
-        def reward_of(dear: Tensor, context: Tensor = context, multiplier: float = multiplier) -> Tensor:
-            return budget(gain[context] * dear, 1.0 + dear, target=target, multiplier=multiplier)
+        def reward_of(dear: Tensor, context: Tensor = context, price: float = multiplier.value(1.0)) -> Tensor:
+            return budget(gain[context] * dear, 1.0 + dear, target=target, multiplier=price)
 
         greedy = logits.argmax(-1)
         advantage = reward_of(choices[:, 0]) - reward_of(greedy[:, 0])
@@ -133,7 +168,7 @@ def test_reinforce_with_dual_ascent_settles_at_the_target_cost_and_spends_it_whe
         loss.backward()
         descent.step()
         costs.append(1 + greedy.double().mean().item())
-        multiplier = updated_multiplier(multiplier, costs[-1], target, lr=0.02)
+        multiplier = multiplier.updated(costs[-1], target, lr=0.02)
     assert sum(costs[-200:]) / 200 == pytest.approx(target, abs=0.1)
     dear = table.argmax(-1)[:, 0]
     assert dear[-3:].all()

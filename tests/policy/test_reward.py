@@ -15,7 +15,6 @@ from instaqnas.policy.reward import (
     ratio,
     scheduled_window,
     signed_bump,
-    updated_multiplier,
     window_gate,
     window_scaled,
     window_signed,
@@ -119,35 +118,3 @@ def test_budget_by_hand() -> None:
     reward = budget(q, e, target=2.0, multiplier=0.4)
     torch.testing.assert_close(reward, vector(0.9, 0.7, 1.1, 0.2))
     assert torch.equal(budget(q, e, target=2.0, multiplier=0.0), q)
-
-
-@pytest.mark.parametrize(
-    "multiplier, cost, updated",
-    [(0.3, 2.0, 0.3), (0.3, 3.0, 0.35), (0.3, 1.0, 0.25), (0.02, 1.0, 0.0), (0.0, 1.9, 0.0), (0.0, 4.0, 0.1)],
-)
-def test_multiplier_by_hand(multiplier: float, cost: float, updated: float) -> None:
-    assert updated_multiplier(multiplier, cost, target=2.0, lr=0.1) == pytest.approx(updated)
-
-
-def test_dual_ascent_finds_the_multiplier_at_which_the_mean_cost_is_the_target() -> None:
-    # 100 images: cost 1 at quality 0, or cost 2 at quality 0.005, 0.015 ... 0.995. At a mean cost of 1.3 the best 30
-    # take cost 2: those worth more than 0.7 = multiplier / 1.3, so that the multiplier is 0.91.
-    gain = (torch.arange(100).double() + 0.5) / 100
-    cheap, dear = torch.ones(100).double(), torch.full((100,), 2.0).double()
-    multiplier, costs, multipliers = 0.0, [], []
-    for _ in range(400):
-        settings = {"target": 1.3, "multiplier": multiplier}
-        take = budget(gain, dear, **settings) > budget(torch.zeros_like(gain), cheap, **settings)
-        costs.append(torch.where(take, dear, cheap).mean().item())
-        multiplier = updated_multiplier(multiplier, costs[-1], 1.3, lr=0.1)
-        multipliers.append(multiplier)
-    assert costs[0] == 2  # a free budget is spent
-    assert sum(costs[-100:]) / 100 == pytest.approx(1.3, abs=0.01)
-    assert multipliers[-1] == pytest.approx(0.91, abs=0.02)
-
-
-def test_dual_ascent_leaves_a_budget_that_does_not_bind_alone() -> None:
-    multiplier = 0.5
-    for _ in range(100):
-        multiplier = updated_multiplier(multiplier, 1.0, target=2.0, lr=0.05)
-    assert multiplier == 0

@@ -15,6 +15,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import instaqnas.training.detector_epoch as detector_epoch
+import instaqnas.training.policy_training as policy_training
 import instaqnas.training.stages as stages
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.config import Config, from_plain, parse_command
@@ -347,7 +348,7 @@ class Watch:
         self.judging: list[State] = []
         self.choices: list[torch.Tensor] = []
         self.distill: stages.Distill | None = None
-        train, evaluate, judge = stages.train_detector_epoch, stages.Experiment.evaluate, stages._judge
+        train, evaluate, judge = stages.train_detector_epoch, stages.Experiment.evaluate, policy_training.build_judge
 
         def watched_train(detector, batches, choose_bits, *args, on_step, distill, **settings):
             def after_step(scalars: dict[str, float]) -> None:
@@ -374,7 +375,7 @@ class Watch:
 
         monkeypatch.setattr(stages, "train_detector_epoch", watched_train)
         monkeypatch.setattr(stages.Experiment, "evaluate", watched_evaluate)
-        monkeypatch.setattr(stages, "_judge", watched_judge)
+        monkeypatch.setattr(policy_training, "build_judge", watched_judge)
 
 
 @pytest.fixture
