@@ -465,13 +465,18 @@ def from_plain(plain: dict[str, Any]) -> Config:
     return parser.build(parser.parse_object(_leaves(plain)))
 
 
-def completed(plain: dict[str, Any]) -> dict[str, Any]:
-    """Returns a plain configuration with the defaults of settings that did not exist when it was written.
+def completed(plain: dict[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+    """Returns sections of a plain configuration with the defaults of settings that did not exist when it was written.
+
+    What the other sections hold does not matter; they may be of a version with other settings.
 
     Raises:
+        KeyError: it has no such section.
         InputError: as `from_plain`.
     """
-    return to_plain(from_plain(plain))
+    wanted = dict.fromkeys(sections)
+    whole = to_plain(from_plain({section: plain[section] for section in {**wanted, "data": None}}))
+    return {section: whole[section] for section in wanted}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

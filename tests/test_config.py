@@ -442,7 +442,11 @@ def test_a_config_from_before_a_setting_existed_is_completed_with_its_default() 
         for name in added & old[section].keys():
             del old[section][name]
     assert old["pretrain_quant"].keys() == old["pretrain_fp32"].keys()
-    assert completed(old) == now
+    assert completed(old, now) == now
+    old["search"]["of_another_version"] = 1
+    assert completed(old, ["bits", "finetune"]) == {"bits": now["bits"], "finetune": now["finetune"]}
+    with pytest.raises(InputError, match=r"search\.of_another_version"):
+        completed(old, ["bits", "search"])
     assert now["search"]["batch_norm_batches"] == 0
 
 

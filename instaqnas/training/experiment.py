@@ -326,7 +326,7 @@ def check_held_out(experiment: Experiment, path: Path) -> None:
         return
     state = load_checkpoint(path)
     try:
-        old = completed(state["config"])
+        old = completed(state["config"], ("seed", "data"))
     except (KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(f"{path}: of another version of this program ({error})") from error
     before, now = (
@@ -355,9 +355,8 @@ def load_network(
         raise InputError(f"{path}: a checkpoint of stage {state['stage']}; needed here: {' or '.join(stages)}")
     sections = NETWORK_SECTIONS[kind]
     try:
-        old = completed(state["config"])
         changed = differences(
-            {**{section: old[section] for section in sections}, "classes": state["classes"]},
+            {**completed(state["config"], sections), "classes": state["classes"]},
             {**{section: experiment.plain[section] for section in sections}, "classes": list(experiment.class_names)},
         )
         if changed:

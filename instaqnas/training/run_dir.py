@@ -197,7 +197,7 @@ class RunDir:
         """Raises InputError unless the last checkpoint is of this stage, config, classes and sources."""
         state = load_checkpoint(self.last)
         try:
-            old = _decisive(completed(state["config"]), self.stage)
+            old = _decisive(completed(state["config"], _compared_sections(self.stage)), self.stage)
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{self.last}: of another version of this program ({error})") from error
         was = {"stage": state["stage"], **old, "classes": state["classes"], "configuration": state.get("configuration")}
@@ -242,12 +242,15 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _compared_sections(stage: str) -> list[str]:
+    return [*DECISIVE_SECTIONS[kind_of(stage)], section_of(stage), "eval", "runtime"]
+
+
 def _decisive(config: dict[str, Any], stage: str) -> dict[str, Any]:
     own = section_of(stage)
-    sections = [*DECISIVE_SECTIONS[kind_of(stage)], own]
-    if stage == "search" or config["data"]["val_split"]:  # it judges images, or picks the best epoch
-        sections.append("eval")
-    kept = {section: config[section] for section in sections}
+    kept = {section: config[section] for section in _compared_sections(stage) if section != "runtime"}
+    if stage != "search" and not config["data"]["val_split"]:  # it judges no images, nor picks the best epoch
+        del kept["eval"]
     for section in ("data", "eval", own):
         if section in kept:
             harmless = HARMLESS_KEYS.get(section, HARMLESS_KEYS["stage"])
