@@ -249,7 +249,7 @@ def test_unknown_key_is_refused_with_the_nearest_and_the_known(
         (["--epochs=3"], "search", "unknown option --epochs; did you mean --search.epochs?"),
         (["--rest"], "search", "unknown option --rest; did you mean --restart?"),
         (["--zzz"], "search", "unknown option --zzz; --help lists all"),
-        (["--restart"], "eval", "unknown option --restart; --help lists all"),
+        (["--restart"], "eval", "unknown option --restart; did you mean --search.start?"),
         (["--bits", "random"], "search", "unknown option --bits; did you mean --bits.stem?"),
         (["--search", "x.yaml"], "search", "unknown option --search; did you mean --search.lr?"),
         (["--search.epochs"], "search", "argument --search.epochs: expected one argument"),

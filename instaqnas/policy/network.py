@@ -4,6 +4,9 @@ the features of the detector's stem, which the detector computes anyway.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from instaqnas.pixels import normalized
 from instaqnas.quant.bitops import LayerCost, measure_layers
 from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
 
+START_PROBABILITY = 0.7
 BLOCKS = ((1, 1), (2, 2), (4, 2), (8, 2))  # (channels in units of the width, stride) of the residual blocks
 
 
@@ -97,6 +101,15 @@ class PolicyNet(nn.Module):
 
     def _from_stem(self, features: Tensor) -> Tensor:
         return F.relu(self.stem(F.avg_pool2d(features, self.pool, ceil_mode=True)).value())
+
+
+def start_logits(configuration: Sequence[int], choices: int) -> Tensor:
+    """Logits [L, K] with the probability `START_PROBABILITY` for one configuration's choice at each position.
+
+    The other K - 1 = `choices` - 1 share the rest.
+    """
+    odds = START_PROBABILITY * max(1, choices - 1) / (1 - START_PROBABILITY)
+    return math.log(odds) * F.one_hot(torch.tensor(configuration), choices).float()
 
 
 def policy_layers(policy: PolicyNet, image_size: int) -> list[LayerCost]:

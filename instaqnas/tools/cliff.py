@@ -1,8 +1,8 @@
 """Finds where quality falls: `python -m instaqnas.tools.cliff --config FILE --run runs/NAME`.
 
 From one network that was trained under random bit configurations: mAP, loss and GBitOps of every uniform choice, and
-how much the loss rises when one position alone gets a cheaper choice. Choices and targets pay at the cliff, between the
-neighbouring uniform choices where mAP falls most per GBitOps.
+how much the loss rises when one position gets a cheaper choice, all others being random. Choices and targets pay at the
+cliff, between the neighbouring uniform choices where mAP falls most per GBitOps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.training.experiment import QUANTIZED_STAGES, Experiment, load_network, pretrained_checkpoint
 from instaqnas.training.report import choice_name
-from instaqnas.training.sensitivity import ends, losses_around, mean_loss_on
+from instaqnas.training.sensitivity import ANY, ends, losses_around, mean_loss_on
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class UniformChoice:
 
 @dataclass(frozen=True)
 class Step:
-    """One position at a cheaper choice, all others at the dearest: rise of the mean loss, and GBitOps saved."""
+    """One position at a cheaper choice than its dearest, all others random: rise of the mean loss, GBitOps saved."""
 
     position: str
     choice: str
@@ -86,10 +86,10 @@ def _fall(pair: tuple[UniformChoice, UniformChoice]) -> float:
     return (upper.map_11pt - lower.map_11pt) / (upper.gbitops - lower.gbitops)
 
 
-def steps_from_dearest(
+def cheaper_steps(
     positions: Sequence[str], choices: Sequence[str], losses: Sequence[Sequence[float]], costs: CostTable
 ) -> list[Step]:
-    """All cheaper choices of all positions; `losses` [L][K] are around the dearest configuration."""
+    """All choices of all positions but the dearest; `losses` [L][K] are those of `Sensitivity`."""
     dearest, table = ends(costs)[0], costs.table.tolist()
     return [
         Step(positions[position], choices[k], row[k] - row[top], (table[position][top] - table[position][k]) / 1e9)
@@ -110,14 +110,15 @@ def measure(experiment: Experiment, checkpoint: Path, split: str) -> Landscape:
     load_network(experiment, detector, "detector", checkpoint, stages=QUANTIZED_STAGES)
     costs, names = detector_costs(detector), [choice_name(choice) for choice in detector.choices]
     loader = experiment.eval_loader(split, roots)
-    mean_loss = mean_loss_on(detector, loader, config.eval.batch_size, experiment.device)
+    random_bits = experiment.choose_random("sensitivity")
+    mean_loss = mean_loss_on(detector, loader, config.eval.batch_size, random_bits, experiment.device)
     uniform = []
     for k, name in enumerate(names):
         report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector, k))
         loss = mean_loss([k] * len(detector.positions))
         uniform.append(UniformChoice(name, report.map_11pt, loss, report.gbitops_detector))
-    losses = losses_around(ends(costs)[0], len(names), mean_loss)
-    steps = steps_from_dearest(detector.positions, names, losses, costs)
+    losses = losses_around([ANY] * len(detector.positions), len(names), mean_loss)
+    steps = cheaper_steps(detector.positions, names, losses, costs)
     policy_cost = policy_gbitops(experiment.policy(), detector.image_size)
     return Landscape(split, str(checkpoint), policy_cost, uniform, steps)
 
@@ -132,7 +133,7 @@ def format_tables(found: Landscape) -> str:
     for step in found.steps:
         by_position.setdefault(step.position, []).append(step)
     choices = dict.fromkeys(step.choice for step in found.steps)
-    lines += ["", "one position cheaper, all others at the dearest: rise of the loss, and that per GBitOps saved"]
+    lines += ["", "one position cheaper, all others at random: rise of the loss, and that per GBitOps saved"]
     lines.append(f"{'position':<32}" + "".join(f"{choice:>10}{'per GBitOps':>13}" for choice in choices))
     for position, steps in by_position.items():
         figures = "".join(f"{step.loss_rise:>10.4f}{step.rise_per_gbitops:>13.3f}" for step in steps)

@@ -34,7 +34,7 @@ from instaqnas.training.experiment import (
 from instaqnas.training.report import choice_name
 from instaqnas.training.run_dir import file_digest, kind_of, write_text
 from instaqnas.training.sensitivity import Sensitivity, mean_loss_on, measured_sensitivity
-from instaqnas.training.static_search import best_within
+from instaqnas.training.static_search import Candidate, best_within
 from instaqnas.training.survey import survey
 
 # The sections whose epochs a detector was trained for after pretraining, by the kind of its stage.
@@ -149,31 +149,35 @@ class Rivals:
         return [names.index(name) for name in record["configuration"]]
 
     def _search_static(self, source: Path, found_for: dict[str, str]) -> dict[str, Any]:
-        experiment = self.experiment
-        detector = experiment.quantized_detector().eval()
-        load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
-        costs = detector_costs(detector)
-        mean_loss = mean_loss_on(
-            detector, experiment.tuning_loader(), experiment.config.eval.batch_size, experiment.device
-        )
-        path, measured_on = source.parent / "sensitivity.json", {**found_for, "policy": ""}
-        measured = _read_record(path, measured_on)
-        if measured is None:
-            sensitivity = measured_sensitivity(costs, mean_loss)
-            measured = {"found_for": measured_on, "positions": list(detector.positions), **sensitivity.plain()}
-            _write_record(path, measured)
-        sensitivity = Sensitivity(measured["from_dearest"], measured["from_cheapest"])
-        found = best_within(self.habits.gbitops, costs, sensitivity, mean_loss)
-        best = found[0]
+        found = fixed_within(self.experiment, source, self.habits.gbitops)
         return {
             "found_for": found_for,
             "limit_gbitops": self.habits.gbitops,
-            "gbitops": best.gbitops,
-            "configuration": self.names(best.configuration),
+            "gbitops": found[0].gbitops,
+            "configuration": self.names(found[0].configuration),
             "candidates": [{**c.plain(), "configuration": self.names(c.configuration)} for c in found],
-            "choices": self.names(range(len(detector.choices))),
-            **{key: measured[key] for key in ("positions", "from_dearest", "from_cheapest")},
         }
+
+
+def fixed_within(experiment: Experiment, source: Path, limit_gbitops: float) -> list[Candidate]:
+    """Fixed configurations of at most `limit_gbitops` for the pretrained network of a checkpoint, best first.
+
+    Sensitivities are measured once and kept beside the checkpoint. See `static_search`.
+    """
+    detector = experiment.quantized_detector().eval()
+    load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
+    costs, batch_size = detector_costs(detector), experiment.config.eval.batch_size
+    random_bits = experiment.choose_random("sensitivity")
+    mean_loss = mean_loss_on(detector, experiment.tuning_loader(), batch_size, random_bits, experiment.device)
+    found_for = {"network": file_digest(source), "split": experiment.tuning_split}
+    path = source.parent / "sensitivity.json"
+    record = _read_record(path, found_for)
+    if record is None:
+        sensitivity = measured_sensitivity(costs, mean_loss)
+        record = {"found_for": found_for, "positions": list(detector.positions), **sensitivity.plain()}
+        _write_record(path, record)
+    sensitivity = Sensitivity(record["among_random"], record["from_cheapest"])
+    return best_within(limit_gbitops, costs, sensitivity, mean_loss)
 
 
 def _digest(network: nn.Module) -> str:

@@ -8,26 +8,29 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from instaqnas.data.loader import Batch
-from instaqnas.detector.multibox_loss import multibox_loss
-from instaqnas.detector.ssd import SSDOutput, SwitchableSSD, Targets
+from instaqnas.detector.ssd import SwitchableSSD
+from instaqnas.policy.bit_config import ChooseBits
 from instaqnas.quant.bitops import CostTable
 from instaqnas.ranks import total
 from instaqnas.training import distributed
 
 MOST_IMAGES = 512  # that a loss is measured on, rounded up to whole batches
 
-Configuration = Sequence[int]  # the index of a choice at each of L positions
+ANY = -1  # instead of a choice: a random one for every image
+Configuration = Sequence[int]  # the index of a choice at each of L positions, or ANY
 MeanLoss = Callable[[Configuration], float]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Mean losses [L][K] with one position at each choice and all others at the dearest, or at the cheapest."""
+    """Mean losses [L][K] with one position at each choice and all others at random ones, or at the cheapest.
 
-    from_dearest: list[list[float]]
+    Random ones are what the network is trained for: uniform configurations it has hardly seen, and BatchNorm has not.
+    """
+
+    among_random: list[list[float]]
     from_cheapest: list[list[float]]
 
     def plain(self) -> dict[str, Any]:
@@ -35,30 +38,29 @@ class Sensitivity:
         return asdict(self)
 
 
-def image_losses(output: SSDOutput, targets: Targets) -> Tensor:
-    """Multibox loss of each image [B], as if it were a batch of its own."""
-    images = zip(output.box_offsets, output.class_logits, targets.offsets, targets.labels, strict=True)
-    return torch.stack([sum(multibox_loss(*(value[None] for value in image)).values()) for image in images])
-
-
-def mean_loss_on(detector: SwitchableSSD, batches: Iterable[Batch], batch_size: int, device: torch.device) -> MeanLoss:
+def mean_loss_on(
+    detector: SwitchableSSD, batches: Iterable[Batch], batch_size: int, random_bits: ChooseBits, device: torch.device
+) -> MeanLoss:
     """A function from a bit configuration to the mean loss of `detector`, in eval mode, on the first images.
+
+    The loss is the multibox loss of each image alone, see `SwitchableSSD.image_losses`.
 
     Args:
         detector: it is in eval mode whenever the function is called.
         batches: this process's shares of batches without augmentation; as many are kept as make `MOST_IMAGES` images.
         batch_size: images of a batch, those of all processes.
+        random_bits: what `ANY` comes from, the same every time.
         device: where the detector is.
     """
     kept = [batch.to(device) for batch in islice(batches, -(-MOST_IMAGES // batch_size))]
-    targets = [detector.targets(batch.boxes_xyxy, batch.labels) for batch in kept]
 
     @torch.no_grad()
     def mean_loss(configuration: Configuration) -> float:
-        choices = torch.tensor(configuration, device=device)
+        wanted = torch.tensor(configuration, device=device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of images
-        for batch, target in zip(kept, targets, strict=True):
-            losses = image_losses(detector(batch.images, choices.expand(len(batch.images), -1)), target)
+        for batch in kept:
+            choices = torch.where(wanted == ANY, random_bits(batch.images, batch.keys), wanted)
+            losses = detector.image_losses(detector(batch.images, choices), batch.boxes_xyxy, batch.labels)
             sums += torch.stack([losses.double().sum(), sums.new_tensor(len(losses))])
         loss, images = total(sums).tolist()
         return loss / images
@@ -86,7 +88,7 @@ def losses_around(base: Configuration, choices: int, mean_loss: MeanLoss) -> lis
 
 
 def measured_sensitivity(costs: CostTable, mean_loss: MeanLoss) -> Sensitivity:
-    """Losses around the dearest and the cheapest configuration."""
-    choices = costs.table.shape[1]
-    dearest, cheapest = (losses_around(base, choices, mean_loss) for base in ends(costs))
-    return Sensitivity(dearest, cheapest)
+    """Losses among random configurations and around the cheapest."""
+    positions, choices = costs.table.shape
+    bases = [ANY] * positions, ends(costs)[1]
+    return Sensitivity(*(losses_around(base, choices, mean_loss) for base in bases))

@@ -25,7 +25,7 @@ from instaqnas.detector.pretrained import load_pretrained
 from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy.bit_config import ChooseBits, fixed, greedy_by, sampled_by
-from instaqnas.policy.network import policy_gbitops
+from instaqnas.policy.network import policy_gbitops, start_logits
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.switchable import calibrate, reestimate_batch_norm
@@ -51,7 +51,7 @@ from instaqnas.training.pictures import draw_detections, draw_objects
 from instaqnas.training.policy_training import PolicyTraining
 from instaqnas.training.preflight import quick_preflight
 from instaqnas.training.report import format_table, write_report
-from instaqnas.training.rivals import Rivals, fixed_config, fixed_stage
+from instaqnas.training.rivals import Rivals, fixed_config, fixed_stage, fixed_within
 from instaqnas.training.run_dir import RunDir, section_of, set_aside
 from instaqnas.training.runtime import keep_freed_memory
 
@@ -271,6 +271,10 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
         seen = detector.look(experiment.calibration_batch().images).seen
         with alone():
             calibrate(policy, lambda: policy(seen))
+        if settings.start == "static":
+            best = fixed_within(experiment, source, config.reward.target_gbitops - policy_cost)[0]
+            policy.add_to_logits(start_logits(best.configuration, len(detector.choices)))
+            log.info("search: starts from a fixed configuration of %.4g GBitOps, policy not counted", best.gbitops)
     distill = _distillation(experiment, teacher, settings.distill_weight)
     training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
     learning = PolicyTraining.begin(experiment, run_dir, training.state, training.result, policy)

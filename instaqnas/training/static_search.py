@@ -1,9 +1,9 @@
 """The best fixed bit configuration within a cost: candidates from sensitivities, the winner by measured loss.
 
-Sensitivities change one position of an otherwise uniform configuration. They do not add up, so a handful of candidates
-comes from either end, and from the mean of both tables; each is filled up until no position fits a dearer choice:
+Sensitivities change one position, all others being random or the cheapest. They do not add up, so a handful of
+candidates comes from either table, and from the mean of both; each is filled up until no position fits a dearer choice:
 
-down       from the dearest configuration, lowers what rises least per GBitOps saved; losses around the dearest
+down       from the dearest configuration, lowers what rises least per GBitOps saved; losses among random ones
 up         from the cheapest configuration, raises what gains most per GBitOps added; losses around the cheapest
 mean       as `down`, with the mean of both tables
 knapsack   the smallest sum of the mean of both tables
@@ -49,7 +49,7 @@ def best_within(
     Args:
         limit_gbitops: most that the detector may cost, at least that of its cheapest configuration.
         costs: of the detector.
-        sensitivity: losses around its dearest and its cheapest configuration.
+        sensitivity: losses among its random configurations and around its cheapest.
         mean_loss: measures the candidates.
     """
     limit = round(limit_gbitops * 1e9) - costs.fixed
@@ -65,7 +65,7 @@ def candidates(
     limit: int, table: BitOps, sensitivity: Sensitivity, dearest: Configuration, cheapest: Configuration
 ) -> dict[str, list[int]]:
     """Different configurations of at most `limit` bit operations at the positions, by how they were found."""
-    down, up = sensitivity.from_dearest, sensitivity.from_cheapest
+    down, up = sensitivity.among_random, sensitivity.from_cheapest
     mean = [[(a + b) / 2 for a, b in zip(*rows, strict=True)] for rows in zip(down, up, strict=True)]
     uniform = [[choice] * len(table) for choice in range(len(table[0]))]
     start = max((c for c in uniform if bitops(c, table) <= limit), key=lambda c: bitops(c, table), default=cheapest)

@@ -81,9 +81,16 @@ def test_figures_are_those_of_single_evaluations(folder: Path, capsys: pytest.Ca
     images = [part for batch in loader for part in batch.split(len(batch.images))]
     assert len(images) == 3
 
+    random_bits = experiment.choose_random("sensitivity")
+
     @torch.no_grad()
-    def loss(configuration: list[int]) -> float:
-        outputs = [detector(one.images, torch.tensor([configuration])) for one in images]
+    def loss(configuration: list[int | None]) -> float:
+        """Mean over images; None is a random choice."""
+        outputs = []
+        for one in images:
+            drawn = random_bits(one.images, one.keys)[0].tolist()
+            wanted = [b if a is None else a for a, b in zip(configuration, drawn, strict=True)]
+            outputs.append(detector(one.images, torch.tensor([wanted])))
         losses = [
             detector.loss(output, one.boxes_xyxy, one.labels) for output, one in zip(outputs, images, strict=True)
         ]
@@ -100,9 +107,10 @@ def test_figures_are_those_of_single_evaluations(folder: Path, capsys: pytest.Ca
     ]
     for position in (0, 12):
         step = found["steps"][2 * position + 1]
-        changed = [2] * position + [1] + [2] * (12 - position)
-        assert step["loss_rise"] == pytest.approx(loss(changed) - loss([2] * 13), abs=1e-5)
-        cost = [costs.gbitops(torch.tensor([configuration])).item() for configuration in ([2] * 13, changed)]
+        dearest, changed = ([None] * position + [choice] + [None] * (12 - position) for choice in (2, 1))
+        assert step["loss_rise"] == pytest.approx(loss(changed) - loss(dearest), abs=1e-5)
+        filled = [[choice or 0 for choice in configuration] for configuration in (dearest, changed)]
+        cost = [costs.gbitops(torch.tensor([configuration])).item() for configuration in filled]
         assert step["gbitops_saved"] == pytest.approx(cost[0] - cost[1], abs=1e-12)
         assert step["rise_per_gbitops"] == pytest.approx(step["loss_rise"] / step["gbitops_saved"])
 
