@@ -47,16 +47,17 @@ def multibox_loss(
 
 @torch.no_grad()
 def image_losses(box_offsets: Tensor, class_logits: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each image alone, float32 [B]: its box and class parts summed, divided by max(1, its own positives).
+    """What each image adds to the sum that `multibox_loss` divides by the positives of the batch, float32 [B].
 
-    0 for an image without objects, whatever is predicted there. Arguments as those of `multibox_loss`.
+    It grows with the objects of the image, as mAP does with what is found of them; 0 without any, whatever is predicted
+    there. Arguments as those of `multibox_loss`.
     """
     positive = labels > 0
     cross_entropy, chosen = _class_loss(class_logits, labels)
     targets = torch.where(positive[..., None], targets, box_offsets)  # elsewhere they may not even be finite
     box_loss = F.smooth_l1_loss(box_offsets.float(), targets.float(), reduction="none").sum((1, 2))
     class_loss = torch.where(chosen, cross_entropy, 0.0).sum(1)
-    return (box_loss + class_loss) / positive.sum(1).clamp(min=1)
+    return box_loss + class_loss
 
 
 def _class_loss(class_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -258,7 +258,7 @@ class SwitchableSSD(nn.Module):
         return multibox_loss(output.box_offsets, output.class_logits, targets.offsets, targets.labels)
 
     def image_losses(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor) -> Tensor:
-        """Multibox loss of each image alone, [B], without gradient; objects as in `loss`."""
+        """Multibox loss of each image alone, a sum over its objects, [B], without gradient; objects as in `loss`."""
         targets = self.targets(boxes_xyxy, labels)
         return image_losses(output.box_offsets, output.class_logits, targets.offsets, targets.labels)
 

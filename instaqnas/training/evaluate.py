@@ -115,7 +115,7 @@ def quality_of(detections: Detections, batch: Batch, kind: QualityKind, score_th
 
 
 def negative_loss(detector: SwitchableSSD, output: SSDOutput, batch: Batch) -> Tensor:
-    """Quality [B] of the outputs for a batch: minus the multibox loss of each image alone.
+    """Quality [B] of the outputs for a batch: minus the multibox loss of each image alone, a sum over its objects.
 
     At most 0, with no lower end. An image without objects has 0 whatever is detected, and difficult objects count like
     all others: so the detector is trained.
