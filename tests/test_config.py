@@ -351,6 +351,12 @@ def test_key_without_value_is_refused(refusal: Callable[..., str]) -> None:
             "one to eight different pairs of bit-widths from 2 to 8, or 32, got [[3, 4], [3, 4]]",
         ),
         ("--policy.pool=301", "at most detector.image_size = 300, got 301"),
+        ("--data.policy_share=1", "at least 0 and less than 1, got 1.0"),
+        ("--data.policy_share=-0.1", "at least 0 and less than 1, got -0.1"),
+        ("--search.samples=0", "at least 1, got 0"),
+        ("--search.entropy_start=-1", "at least 0, got -1.0"),
+        ("--search.entropy_end=-1", "at least 0, got -1.0"),
+        ("--reward.multiplier_gain=-1", "at least 0, got -1.0"),
         ("--search.epochs=0", "at least 1, got 0"),
         ("--search.policy_batch_size=0", "at least 1, got 0"),
         ("--eval.batch_size=0", "at least 1, got 0"),
@@ -385,6 +391,41 @@ def test_window_rewards_need_a_window(refusal: Callable[..., str], parse: Parse,
     message = refusal(MINIMAL, f"--reward.name={name}", "--reward.window_upper_end=42")
     assert message == "reward.window_upper_end: expected more than reward.window_lower = 42.0, got 42.0"
     parse(MINIMAL, "--reward.name=ratio", "--reward.window_upper_end=42")
+
+
+@pytest.mark.parametrize("name", ["ratio", "window_gate", "window_scaled", "window_signed"])
+def test_rewards_that_take_quality_for_a_share_refuse_the_negative_loss(
+    refusal: Callable[..., str], parse: Parse, name: str
+) -> None:
+    message = refusal(MINIMAL, f"--reward.name={name}", "--reward.quality=loss")
+    assert message == f'reward.quality: expected precision, recall, f1 or ap for reward.name = {name}, got "loss"'
+    for other in ("quality", "budget"):
+        options = (f"--reward.name={other}", "--reward.quality=loss", "--reward.target_gbitops=5")
+        assert parse(MINIMAL, *options).config.reward.quality == "loss"
+
+
+def test_leaving_one_out_needs_two_samples(refusal: Callable[..., str], parse: Parse) -> None:
+    message = refusal(MINIMAL, "--search.baseline=rloo")
+    assert message == "search.samples: expected at least 2 for search.baseline = rloo, got 1"
+    assert parse(MINIMAL, "--search.baseline=rloo", "--search.samples=2").config.search.samples == 2
+    assert parse(MINIMAL, "--search.samples=1").config.search.baseline == "greedy"
+
+
+@pytest.mark.parametrize("positions", ["backbone", "backbone+extras", "all"])
+def test_a_policy_cannot_look_at_a_stem_whose_bits_it_chooses(
+    refusal: Callable[..., str], parse: Parse, positions: str
+) -> None:
+    message = refusal(MINIMAL, "--policy.input=stem", f"--bits.positions={positions}")
+    assert message == f'policy.input: expected image for bits.positions = {positions}, got "stem"'
+    assert parse(MINIMAL, "--policy.input=stem").config.policy.input == "stem"
+
+
+def test_features_of_the_stem_are_pooled_to_one_at_most(refusal: Callable[..., str], parse: Parse) -> None:
+    options = ("--policy.input=stem", "--detector.image_size=75")
+    assert refusal(MINIMAL, *options, "--policy.pool=39") == (
+        "policy.pool: expected at most half of detector.image_size = 75, got 39"
+    )
+    assert parse(MINIMAL, *options, "--policy.pool=38").config.policy.pool == 38
 
 
 def test_ranges_hold_for_configs_made_in_code() -> None:

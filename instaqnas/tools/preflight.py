@@ -152,15 +152,23 @@ class ShortExperiment(Experiment):
         roots = data.test_roots or data.roots if self.stage == "eval" else data.roots
         return self.images.get((*roots, split), 0)
 
+    def training_images(self, network: str) -> int:
+        """Images of the whole train split that the `detector` is trained on, or the `policy` learns from."""
+        images, share = self.images_of(self.config.data.train_split), self.config.data.policy_share
+        held_out = round(share * images)
+        return images - held_out if network == "detector" or not share else held_out
+
     def _wanted(self, *, training: bool) -> int:
         """Images from which the times of a split can be told."""
         config = self.config
         if not training:
             return config.eval.batch_size * steps_for(EVAL_STEPS, self.workers)
-        wanted = getattr(config, self.stage).batch_size * steps_for(STEPS, self.workers)
-        if self.stage == "search":
-            wanted = max(wanted, config.search.policy_batch_size * steps_for(POLICY_STEPS, self.workers))
-        return wanted
+        detector = getattr(config, self.stage).batch_size * steps_for(STEPS, self.workers)
+        policy = config.search.policy_batch_size * steps_for(POLICY_STEPS, self.workers)
+        share = config.data.policy_share
+        if share:  # every stage sees to it that both parts have their batches
+            return 1 + math.ceil(max(detector / (1 - share), policy / share))
+        return max(detector, policy) if self.stage == "search" else detector
 
     def detector(self, bits: DetectorBits) -> SwitchableSSD:
         """The detector, which notes when it trains or evaluates."""
@@ -277,7 +285,7 @@ def _figures(config: Config, run: Path, experiment: ShortExperiment, start: floa
         passes = experiment.passes[name]
         second = passes[len(passes) // EPOCHS :]  # that of the second epoch
         pace = seconds_per_image(second if len(second) > 1 else passes, experiment.workers)
-        epoch_seconds += pace * used_images(experiment.images_of(data.train_split), batch_size)
+        epoch_seconds += pace * used_images(experiment.training_images(name), batch_size)
         begun = min(begun, second[0].start)
         warm_up += pace * sum(forward.images for forward in passes[: len(passes) // EPOCHS])
     return StageFigures(

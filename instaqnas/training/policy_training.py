@@ -21,7 +21,7 @@ from instaqnas.training.experiment import Experiment
 from instaqnas.training.fit import TrainState
 from instaqnas.training.policy_epoch import Judge, train_policy_epoch
 from instaqnas.training.run_dir import RunDir
-from instaqnas.training.survey import Diagnosis, Survey, diagnose, survey
+from instaqnas.training.survey import Survey, diagnose, survey
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class PolicyTraining:
 
     def diagnose(self, step: int) -> dict[str, float]:
         """Figures of a survey, to be logged at a step of the detector; those of single positions go to TensorBoard."""
-        found: Diagnosis = diagnose(self.survey(), self.costs, self.own_gbitops, self.target_gbitops)
+        found = diagnose(self.survey(), self.costs, self.own_gbitops, self.target_gbitops)
         found.log_collapse("the policy's training images")
         self.run_dir.log_step(step, found.position_scalars())
         return {f"diagnostics/{name}": value for name, value in found.scalars().items()}

@@ -152,6 +152,35 @@ def test_networks_come_back_exactly(name: str, tmp_path: Path) -> None:
     assert not [m for network in (model.detector, model.policy) for m in network.modules() if m.training]
 
 
+@torch.no_grad()
+def test_a_policy_on_the_stem_comes_back_and_sees_the_stem_of_its_detector(tmp_path: Path) -> None:
+    detector = copy.deepcopy(trained("lsq_plus")[0])
+    detector.freeze_stem()
+    images, choices = random_images(3, seed=7), random_choices(detector, 3, seed=7)
+    torch.manual_seed(0)
+    policy = PolicyNet(len(detector.positions), 3, pool=4, width=4, bits=(6, 8), stem_channels=8)
+    settle(policy, lambda: policy(detector.look(images).seen))
+    plain = replace(architecture(BITS["lsq_plus"]), policy_input="stem")
+    save_packed(tmp_path / "packed.pt", detector, policy, plain, CLASSES)
+    model = load_packed(tmp_path / "packed.pt")
+    whole, whole_policy = to_integer(detector), to_integer(policy)
+    look, expected = model.detector.look(images), whole.look(images)
+    assert torch.equal(look.seen, expected.seen)
+    assert torch.equal(model.policy(look.seen), whole_policy(expected.seen))
+    found = model.detector(images, choices, look.stem)
+    assert torch.equal(found.class_logits, whole(images, choices).class_logits)
+    assert model.policy_gbitops == policy_gbitops(policy, SIDE)
+
+
+@torch.no_grad()
+def test_a_file_from_before_policies_could_look_at_the_stem_is_read(packed: Path, tmp_path: Path) -> None:
+    state = copy.deepcopy(load_once(packed))
+    del state["architecture"]["policy_input"]
+    save_checkpoint(tmp_path / "old.pt", state)
+    images = random_images(2)
+    assert torch.equal(load_packed(tmp_path / "old.pt").policy(images), load_packed(packed).policy(images))
+
+
 @pytest.mark.parametrize(
     "plain",
     [

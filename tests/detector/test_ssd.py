@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,8 @@ from torchvision.ops import box_convert, box_iou
 
 from instaqnas.detector.default_boxes import decode
 from instaqnas.detector.mobilenet import scaled_channels
-from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, copy_weights
-from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate
+from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD, copy_weights
+from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate, reestimate_batch_norm
 
 CHOICES = [(2, 2), (3, 4), (4, 4)]
 SWITCHABLE = DetectorBits(CHOICES, stem=(8, 8), depthwise=(8, 8), extras=(4, 4), heads=(8, 8))
@@ -295,6 +297,96 @@ def test_a_trained_full_precision_detector_finds_the_object_it_has_seen() -> Non
     assert output.class_logits[0, best].argmax() == 1
     found = decode(output.box_offsets[0], detector.default_boxes_cxcywh)[best] * 64
     assert box_iou(found[None], OBJECTS[0, :1]).item() > 0.8
+
+
+def test_losses_of_images_are_those_of_each_alone(calibrated: SwitchableSSD) -> None:
+    boxes = torch.cat([OBJECTS, OBJECTS.flip(1), torch.zeros(1, 3, 4)])
+    labels = torch.tensor([[1, 3, 0], [0, 2, 0], [0, 0, 0]])
+    with torch.no_grad():
+        output = calibrated(random_images(3, seed=4), random_choices(3, seed=4))
+        losses = calibrated.image_losses(output, boxes, labels)
+        for image in range(3):
+            one = slice(image, image + 1)
+            alone = SSDOutput(output.box_offsets[one], output.class_logits[one])
+            expected = sum(calibrated.loss(alone, boxes[one], labels[one]).values())
+            torch.testing.assert_close(losses[image], expected)
+    assert losses[:2].min() > 0
+    assert losses[2] == 0
+
+
+# --- The stem as something to look at ---------------------------------------------------------------------------------
+
+
+class Calls:
+    """How often a layer has run."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.count = 0
+        layer.register_forward_hook(self._add)
+
+    def _add(self, *_: object) -> None:
+        self.count += 1
+
+
+def test_a_stem_that_is_trained_is_not_shown(calibrated: SwitchableSSD) -> None:
+    images = random_images(2)
+    look = calibrated.look(images)
+    assert look.seen is images
+    assert look.stem is None
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_detector_goes_on_from_the_stem_that_was_looked_at(calibrated: SwitchableSSD, training: bool) -> None:
+    calibrated.freeze_stem()
+    calibrated.train(training)
+    images, choices = random_images(5, seed=2), random_choices(5, seed=2)
+    calls = Calls(calibrated.backbone.stem)
+    whole = calibrated(images, choices)
+    assert calls.count == 1
+    look = calibrated.look(images)
+    output = calibrated(images, choices, look.stem)
+    assert calls.count == 2
+    assert torch.equal(output.class_logits, whole.class_logits)
+    assert torch.equal(output.box_offsets, whole.box_offsets)
+    assert look.seen.shape == (5, 8, 32, 32)
+    assert not look.seen.requires_grad
+
+
+def test_what_is_seen_are_the_features_behind_their_relu(calibrated: SwitchableSSD) -> None:
+    images, stem = random_images(3, seed=3), calibrated.backbone.stem
+    with torch.no_grad():
+        weight, weight_step = stem.weight_quantizer(stem.weight)
+        x, input_step = stem.input_quantizer((images.float() - 127) / 128, None)
+        y = F.conv2d(x * input_step, weight[0] * weight_step, stride=2, padding=1)
+        norm = stem.norm
+        y = F.batch_norm(y, norm.running_mean[0], norm.running_var[0], norm.weight[0], norm.bias[0])
+    calibrated.freeze_stem()
+    seen = calibrated.look(images).seen
+    torch.testing.assert_close(seen, y.relu(), rtol=1e-4, atol=1e-5)
+    assert (seen == 0).any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_changes_a_stem_unless_it_is_frozen(calibrated: SwitchableSSD, frozen: bool) -> None:
+    if frozen:
+        calibrated.freeze_stem()
+    calibrated.train()
+    before = {name: value.clone() for name, value in calibrated.state_dict().items()}
+    descent = torch.optim.SGD([p for p in calibrated.parameters() if p.requires_grad], lr=0.1)
+    images, choices = random_images(3, seed=5), random_choices(3, seed=5)
+    output = calibrated(images, choices, calibrated.look(images).stem)
+    sum(calibrated.loss(output, OBJECTS.expand(3, -1, -1), LABELS.expand(3, -1)).values()).backward()
+    descent.step()
+    reestimate_batch_norm(calibrated, lambda: calibrated(images, choices))
+    changed = {name for name, value in calibrated.state_dict().items() if not torch.equal(value, before[name])}
+    stem = {name for name in changed if name.startswith("backbone.stem.")}
+    assert {"backbone.blocks.0.depthwise.weight", "backbone.blocks.0.depthwise.norm.running_mean"} <= changed
+    assert stem == set() if frozen else {"backbone.stem.weight", "backbone.stem.norm.running_mean"} <= stem
+
+
+def test_a_stem_whose_bits_are_chosen_cannot_be_looked_at_before() -> None:
+    with pytest.raises(ValueError, match="no bits before they are chosen"):
+        small(replace(SWITCHABLE, positions="backbone")).freeze_stem()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

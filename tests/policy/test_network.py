@@ -93,3 +93,55 @@ def test_more_pooling_costs_less_and_needs_no_other_parameters() -> None:
     coarse, fine = build(pool=8), build(pool=2)
     assert policy_gbitops(coarse, 128) < policy_gbitops(fine, 128) / 8
     assert [p.shape for p in coarse.parameters()] == [p.shape for p in fine.parameters()]
+
+
+# --- On the features of the stem --------------------------------------------------------------------------------------
+
+
+def random_features(count: int, channels: int = 8, side: int = 32, seed: int = 0) -> Tensor:
+    return torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(seed)).relu()
+
+
+def build_on_stem(*, pool: int = 4, bits: tuple[int, int] = (8, 8)) -> PolicyNet:
+    torch.manual_seed(0)
+    policy = PolicyNet(13, 3, pool=pool, width=4, bits=bits, stem_channels=8)
+    features = random_features(6)
+    calibrate(policy, lambda: policy(features))
+    return policy
+
+
+@pytest.mark.parametrize("side", [32, 38, 56])
+@pytest.mark.parametrize("pool", [1, 4, 16])
+def test_features_of_the_stem_give_logits_too(side: int, pool: int) -> None:
+    assert build_on_stem(pool=pool)(random_features(2, side=side)).shape == (2, 13, 3)
+
+
+def test_cost_of_a_policy_on_the_stem_by_hand() -> None:
+    # (side of the output, channels in, channels out, side of the kernel); 75 pixels make 38 features a side, pooled 10
+    layers = [
+        (10, 8, 4, 3),
+        *[(10, 4, 4, 3)] * 2,
+        *[(5, 4, 8, 3), (5, 8, 8, 3), (5, 4, 8, 1)],
+        *[(3, 8, 16, 3), (3, 16, 16, 3), (3, 8, 16, 1)],
+        *[(2, 16, 32, 3), (2, 32, 32, 3), (2, 16, 32, 1)],
+        (1, 32, 13 * 3, 1),
+    ]
+    macs = sum(side**2 * inputs * outputs * kernel**2 for side, inputs, outputs, kernel in layers)
+    assert policy_gbitops(build_on_stem(), 75) == pytest.approx(macs * 64 / 1e9, rel=1e-12)
+
+
+def test_every_feature_reaches_the_logits() -> None:
+    policy = build_on_stem(pool=4, bits=(32, 32)).eval()
+    features = random_features(1, side=30).requires_grad_()
+    policy(features).square().sum().backward()
+    assert (features.grad[0].abs().sum(0) > 0).float().mean() > 0.99
+    assert features.grad[..., -1].abs().sum() > 0
+
+
+def test_an_offset_is_added_to_the_logits_of_every_image() -> None:
+    policy, images = build().eval(), random_images(3)
+    offset = torch.randn(13, 3, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        before = policy(images)
+        policy.add_to_logits(offset)
+        torch.testing.assert_close(policy(images), before + offset.float())

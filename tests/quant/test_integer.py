@@ -423,6 +423,26 @@ def test_a_policy_gives_the_same_logits(bits: BitChoice) -> None:
         assert torch.equal(whole(images[image : image + 1])[0], logits[image])
 
 
+@torch.no_grad()
+def test_a_policy_on_the_stem_sees_and_answers_the_same() -> None:
+    detector = settled_detector()
+    detector.freeze_stem()
+    torch.manual_seed(0)
+    policy = PolicyNet(13, 3, pool=4, width=4, bits=(8, 8), stem_channels=8)
+    settle(policy, lambda: policy(detector.look(random_images(6)).seen))
+    whole, whole_policy, images = to_integer(detector), to_integer(policy), random_images(5, seed=5)
+    look, expected = whole.look(images), detector.look(images)
+    assert torch.equal(look.seen, expected.seen)
+    assert look.stem.y.dtype == torch.int32
+    logits = whole_policy(look.seen)
+    assert torch.equal(logits, policy(expected.seen))
+    assert logits.std() > 0
+    choices = random_choices(detector, 5, seed=5)
+    found = whole(images, choices, look.stem)
+    assert torch.equal(found.class_logits, detector(images, choices, expected.stem).class_logits)
+    assert torch.equal(found.class_logits, whole(images, choices).class_logits)
+
+
 def test_the_network_itself_stays_as_it_was() -> None:
     policy = settled_policy().train()
     before = {name: value.clone() for name, value in policy.state_dict().items()}

@@ -33,14 +33,17 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
         config = from_plain(settings)
         experiment = Experiment(config)
-        detector, policy = experiment.quantized_detector(), experiment.policy()
+        calibrated, policy = experiment.quantized_detector(), experiment.policy()
         images = next(iter(experiment.eval_loader("train", config.data.roots))).images
-        for module in (*detector.modules(), *policy.modules()):
+        for module in (*calibrated.modules(), *policy.modules()):
             if isinstance(module, PerChoiceBatchNorm):
                 module.momentum = 1.0  # statistics of these images
-        places = torch.arange(len(images))[:, None] + torch.arange(len(detector.positions))
-        calibrate(detector, lambda: detector(images, places % len(detector.choices)))
-        calibrate(policy, lambda: policy(images))
+        places = torch.arange(len(images))[:, None] + torch.arange(len(calibrated.positions))
+        calibrate(calibrated, lambda: calibrated(images, places % len(calibrated.choices)))
+        detector = experiment.adaptive_detector()
+        detector.load_state_dict(calibrated.state_dict())
+        seen = detector.look(images).seen
+        calibrate(policy, lambda: policy(seen))
         if arrange is not None:
             arrange(policy)
         run_dir = RunDir(folder / "runs" / "tiny", "finetune", to_plain(config), experiment.class_names)

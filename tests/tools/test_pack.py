@@ -70,6 +70,7 @@ def test_the_architecture_is_that_of_the_config() -> None:
         policy_pool=4,
         policy_width=3,
         policy_bits=(6, 5),
+        policy_input="image",
     )
 
 

@@ -282,3 +282,19 @@ def test_a_training_checkpoint_is_no_packed_file(folder: Path, tmp_path: Path, c
     checkpoint = folder / "runs" / "tiny" / "finetune" / "last.pt"
     message = packed_refusal(capsys, "--packed", checkpoint, write_grey(tmp_path / "a.png", 64, 64))
     assert message.startswith(f"error: {checkpoint}: not a packed file of version 1; instaqnas.tools.pack writes them")
+
+
+def test_a_policy_on_the_stem_predicts_from_its_run_and_from_a_packed_file(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = {"detector": {"image_size": 64, "width": 0.25}, "bits": BITS}
+    folder = make_run({**settings, "policy": {"input": "stem", "pool": 8, "width": 4}})
+    named = ["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny")]
+    pack.main([*named, "--out", str(tmp_path / "packed.pt")])
+    images = [str(write_photo(tmp_path / "a.jpg", 1)), str(write_grey(tmp_path / "b.png", 640, 64))]
+    capsys.readouterr()
+    main([*named, *images, "--score", "0.1"])
+    of_run = capsys.readouterr().out.splitlines()
+    main(["--packed", str(tmp_path / "packed.pt"), *images, "--score", "0.1"])
+    assert capsys.readouterr().out.splitlines() == of_run
+    assert all(json.loads(line)["detections"] for line in of_run)

@@ -86,6 +86,30 @@ def test_nothing_differs_and_everything_was_compared(folder: Path, run_verify: C
     assert found["random"]["detections"] > 0
 
 
+@torch.no_grad()
+def test_nothing_differs_where_the_policy_looks_at_the_stem(
+    make_run: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    settings = {**SETTINGS, "policy": {"input": "stem", "pool": 8, "width": 4}}
+    folder = make_run(settings, test_images=IMAGES)
+    verify.main(["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny"), "--random", "1"])
+    found = json.loads(capsys.readouterr().out)
+    for result in (found["policy"], found["random"]):
+        assert result["different_levels"] == {}
+        assert result["images_with_different_choices"] == result["images_with_different_detections"] == 0
+    experiment = Experiment(from_plain(yaml.safe_load((folder / "tiny.yaml").read_text())))
+    networks = load_checkpoint(folder / "runs" / "tiny" / "finetune" / "last.pt")["networks"]
+    detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
+    detector.load_state_dict(networks["detector"])
+    policy.load_state_dict(networks["policy"])
+    watches = [Watch(detector), Watch(policy)]
+    for batch in experiment.test_loader():
+        choices = policy(detector.look(batch.images).seen).argmax(-1)
+        detector(batch.images, choices, detector.look(batch.images).stem)
+    looked_twice = IMAGES * 3 * 64 * 64  # above; what is compared is computed once
+    assert found["policy"]["levels"] == watches[0].levels + watches[1].levels - looked_twice
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, kind: str, name: str, change: Callable[[IntegerConv2d], None]) -> None:
     """Has one layer of the integer form changed."""
 

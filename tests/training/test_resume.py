@@ -66,6 +66,10 @@ SEARCH_OPTIONS = (
     "--search.batch_norm_batches=1",
     "--reward.name=budget",
     "--reward.target_gbitops=0.115",
+    "--reward.quality=loss",
+    "--search.baseline=rloo",
+    "--search.samples=2",
+    "--policy.input=stem",
 )
 
 

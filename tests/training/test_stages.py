@@ -19,6 +19,7 @@ import instaqnas.training.policy_training as policy_training
 import instaqnas.training.stages as stages
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.config import Config, from_plain, parse_command
+from instaqnas.detector.ssd import SwitchableSSD
 from instaqnas.errors import InputError, TrainingError
 from instaqnas.training.run_dir import best_checkpoint
 
@@ -97,6 +98,9 @@ def test_costs_and_configurations_of_the_report_follow_from_the_table_of_images(
 def test_tensorboard_shows_losses_rewards_choices_and_pictures(finished_run: Path) -> None:
     events = EventAccumulator(str(finished_run / "search" / "tensorboard")).Reload().Tags()
     wanted = {"reward/sampled", "reward/greedy", "policy/entropy", "cost/gbitops_greedy", "eval/map", "train/loss"}
+    figures = ("entropy", "mutual_information", "distinct_configs", "rank_correlation_difficulty")
+    wanted |= {f"diagnostics/{name}" for name in figures}
+    wanted |= {f"{name}/position_{place:02d}" for name in ("entropy", "mutual_information") for place in range(13)}
     assert wanted <= set(events["scalars"])
     assert {f"bits/position_{position:02d}" for position in range(13)} <= set(events["histograms"])
     assert {"detections/0", "detections/3"} <= set(events["images"])
@@ -512,3 +516,192 @@ def test_the_average_gets_the_last_statistics_of_batch_norm(
     assert_same(networks["trained_detector"], watch.trained[-1])
     assert_same(watch.measured[0], networks["detector"])
     assert_stem_has_the_statistics_of_the_train_split(networks["detector"], command.config)
+
+
+# --- The search -------------------------------------------------------------------------------------------------------
+
+
+def naive_rank_correlation(x: list[float], y: list[float]) -> float:
+    def ranks(values: list[float]) -> list[float]:
+        return [sum(other < value for other in values) + values.count(value) / 2 for value in values]
+
+    a, b = (torch.tensor(ranks(values)).double() for values in (x, y))
+    return torch.stack([a, b]).corrcoef()[0, 1].item()
+
+
+def test_the_report_diagnoses_the_policy_and_the_table_of_images_says_what_makes_them_hard(
+    finished_run: Path, config_file: Path
+) -> None:
+    rows = {row["bits"]: row for row in read_report(finished_run)["rows"]}
+    assert [bits for bits, row in rows.items() if "diagnostics" in row] == ["policy"]
+    found, images = rows["policy"]["diagnostics"], read_images(finished_run)
+    own = [image for image in images if image["bits"] == "policy"]
+    with (config_file.parent / "shapes" / "difficulty.csv").open(newline="") as file:
+        difficulty = {row["image_id"]: row["difficulty"] for row in csv.DictReader(file)}
+    for image in images:
+        assert image["difficulty"] == difficulty[image["image_id"]]
+        assert 0 < float(image["smallest_side"]) < 64
+        assert int(image["objects"]) >= 1
+    configs = Counter(tuple(image[f"position_{place:02d}"] for place in range(13)) for image in own)
+    assert found["distinct_configs"] == len(configs) == rows["policy"]["distinct_configs"]
+    assert configs[tuple(found["modal_configuration"])] == max(configs.values())
+    assert found["gbitops_total"] == pytest.approx(rows["policy"]["gbitops_total"])
+    assert [len(found[name]) for name in ("entropy", "mutual_information", "choice_frequencies")] == [13] * 3
+    assert found["entropy_mean"] == pytest.approx(sum(found["entropy"]) / 13)
+    for place in range(13):
+        shares = [sum(image[f"position_{place:02d}"] == name for image in own) / 6 for name in ("w2a2", "w3a3", "w4a4")]
+        assert found["choice_frequencies"][place] == pytest.approx(shares)
+    gbitops = [float(image["gbitops"]) for image in own]
+    for name, sign in (("difficulty", 1), ("objects", 1), ("smallest_side", -1)):
+        correlation = found["rank_correlation"][name]
+        if len(set(gbitops)) == 1:
+            assert correlation is None
+        else:
+            assert correlation == pytest.approx(naive_rank_correlation(gbitops, [sign * float(i[name]) for i in own]))
+    assert (found["target_gbitops"], found["cost_to_target"]) == (None, None)  # the reward is `ratio`
+
+
+BUDGET = ("--reward.name=budget", "--reward.target_gbitops=0.115")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--search.baseline=rloo", "--search.samples=3", "--reward.quality=loss", "--search.entropy_start=0.5"),
+        ("--policy.input=stem",),
+    ],
+    ids=["greedy", "rloo", "stem"],
+)
+def test_a_search_ends_at_its_budget(
+    finished_run: Path,
+    make_command,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    options: tuple[str, ...],
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_quant")
+    options = (*BUDGET, *options)
+    with caplog.at_level("INFO"):
+        stages.run_search(make_command("search", run, *options))
+    lines = [json.loads(line) for line in (run / "search" / "metrics.jsonl").read_text().splitlines()]
+    assert ["diagnostics/gbitops" in line for line in lines] == [False, True]  # eval_every is 5, and the last
+    assert lines[-1]["diagnostics/cost_to_target"] == pytest.approx(1, abs=0.02)
+    assert lines[-1]["policy/multiplier"] >= 0
+    assert lines[0]["cost/greedy_to_target"] == pytest.approx(lines[0]["cost/gbitops_greedy"] / 0.115)
+    assert ("reward/greedy" in lines[-1]) == ("--search.baseline=rloo" not in options)
+    assert sum("training images cost" in record.getMessage() for record in caplog.records) == 1
+    # What the checkpoint holds costs what was logged.
+    experiment = stages.Experiment(make_command("search", run, *options).config)
+    state = load_checkpoint(run / "search" / "last.pt")
+    detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
+    detector.load_state_dict(state["networks"]["detector"])
+    policy.load_state_dict(state["networks"]["policy"])
+    loader = experiment.eval_loader("train", experiment.config.data.roots)
+    report = experiment.evaluate(detector, loader, stages.greedy_by(policy), stages.policy_gbitops(policy, 64))
+    assert report.gbitops_total == pytest.approx(lines[-1]["diagnostics/gbitops"])
+
+
+def test_the_negative_loss_is_a_quality_from_one_run_of_the_detector(
+    finished_run: Path, make_command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, forward = [], SwitchableSSD.forward
+
+    def counted(detector: SwitchableSSD, images: torch.Tensor, *args: object) -> stages.SSDOutput:
+        if len(images) > 1 or images.any():  # not to measure its cost
+            runs.append(len(images))
+        return forward(detector, images, *args)
+
+    monkeypatch.setattr(SwitchableSSD, "forward", counted)
+    options = ("--bits", "uniform:w3a3", "--reward.name=quality", "--reward.quality=loss")
+    command = make_command("eval", finished_run, *options)
+    stages.run_eval(command)
+    assert runs == [4, 2]
+    with (finished_run / "eval" / "uniform_w3a3" / "per_image.csv").open(newline="") as file:
+        qualities = [float(row["quality"]) for row in csv.DictReader(file)]
+    experiment = stages.Experiment(command.config)
+    detector = experiment.quantized_detector().eval()
+    source = stages.best_checkpoint(finished_run, "pretrain_quant")
+    detector.load_state_dict(load_checkpoint(source)["networks"]["detector"])
+    expected = []
+    for batch in experiment.test_loader():
+        for image in range(len(batch.images)):
+            one = slice(image, image + 1)
+            with torch.no_grad():
+                output = detector(batch.images[one], torch.ones(1, 13, dtype=torch.int64))
+                expected.append(-sum(detector.loss(output, batch.boxes_xyxy[one], batch.labels[one]).values()).item())
+    assert max(expected) < 0
+    assert qualities == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_policy_on_the_stem_keeps_the_stem_of_pretraining_and_shares_it(
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_quant")
+    options = ("--policy.input=stem", "--finetune.batch_norm_batches=2", "--search.ema_decay=0.5")
+    stages.run_search(make_command("search", run, *options))
+    stages.run_finetune(make_command("finetune", run, *options))
+    before = load_checkpoint(stages.best_checkpoint(run, "pretrain_quant"))["networks"]["detector"]
+    for stage in ("search", "finetune"):
+        after = load_checkpoint(run / stage / "last.pt")["networks"]["detector"]
+        changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        assert len(changed) > 100
+        assert not [name for name in changed if name.startswith("backbone.stem.")]
+
+    handed_on, forward = [], SwitchableSSD.forward
+
+    def watched(detector: SwitchableSSD, images: torch.Tensor, choices: torch.Tensor, stem=None) -> stages.SSDOutput:
+        handed_on.append(stem is not None)
+        return forward(detector, images, choices, stem)
+
+    command = make_command("eval", run, "--bits", "policy", *options)
+    monkeypatch.setattr(SwitchableSSD, "forward", watched)
+    stages.run_eval(command)
+    assert handed_on.count(True) == 2  # two batches; the others measure costs
+    report = json.loads((run / "eval" / "policy" / "report.json").read_text())["rows"][0]
+    assert 0 < report["gbitops_policy"] < 0.1 * report["gbitops_detector"]
+
+
+def test_the_policys_images_are_kept_from_the_detector_in_all_stages(
+    make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, options = tmp_path / "run", ("--data.policy_share=0.5", "--data.cache=ram")
+    trained, learned = set(), set()
+
+    def watch(train, seen: set[str]):
+        def watched(network, batches, *args, **settings) -> None:
+            train(network, (seen.update(batch.image_ids) or batch for batch in batches), *args, **settings)
+
+        return watched
+
+    monkeypatch.setattr(stages, "train_detector_epoch", watch(stages.train_detector_epoch, trained))
+    monkeypatch.setattr(policy_training, "train_policy_epoch", watch(policy_training.train_policy_epoch, learned))
+    for stage in ("pretrain", "search", "finetune"):
+        getattr(stages, f"run_{stage}")(make_command(stage, run, *options))
+    assert len(trained) == len(learned) == 4
+    assert not trained & learned
+
+
+def test_a_detector_that_has_seen_the_policys_images_is_refused(
+    finished_run: Path, make_command, tmp_path: Path
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "pretrain_quant")
+    message = r"may have been trained on images that are held out here \(data\.policy_share: 0\.0 -> 0\.5\)"
+    with pytest.raises(InputError, match=message):
+        stages.run_search(make_command("search", run, "--data.policy_share=0.5"))
+    init = str(run / "pretrain_fp32" / "last.pt")
+    with pytest.raises(InputError, match=message):
+        stages.run_pretrain(make_command("pretrain", tmp_path / "other", "--init", init, "--data.policy_share=0.5"))
+
+
+def test_a_collapsed_policy_is_reported_in_one_line(
+    finished_run: Path, make_command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "finetune")
+    state = load_checkpoint(run / "finetune" / "last.pt")
+    state["networks"]["policy"]["head.weight"].zero_()
+    save_checkpoint(run / "finetune" / "collapsed.pt", state)
+    with caplog.at_level("INFO"):
+        stages.run_eval(make_command("eval", run, "--init", str(run / "finetune" / "collapsed.pt")))
+    lines = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]
+    assert "collapsed policy: one configuration for all 6 images of the test split" in lines
