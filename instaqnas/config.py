@@ -108,12 +108,14 @@ class PolicyConfig:
         pool: factor by which the image, or the features at half its size, are average-pooled first.
         width: channels of the first residual block; the later ones have 2, 4 and 8 times as many.
         bits: [weight bits, activation bits] at which it runs and is counted.
+        effort: one more output, for the whole image, that moves all positions towards more or fewer bits.
     """
 
     input: Literal["image", "stem"] = "image"
     pool: int = 8
     width: int = 16
     bits: BitChoice = (8, 8)
+    effort: bool = False
 
 
 @dataclass(frozen=True)

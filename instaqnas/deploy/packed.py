@@ -22,7 +22,7 @@ from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.detector.mobilenet import stem_channels
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
-from instaqnas.policy.network import PolicyNet, policy_gbitops
+from instaqnas.policy.network import PolicyNet, effort_of, policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.integer import InputGrid, IntegerConv2d, integer_conv, replace_convolutions
 from instaqnas.quant.quantizers import DoReFaWeights, NestedWeights
@@ -45,6 +45,7 @@ class Architecture:
     policy_width: int
     policy_bits: BitChoice
     policy_input: Literal["image", "stem"] = "image"  # files from before there was a choice do not say it
+    policy_effort: bool = False  # likewise
 
     def detector(self, classes: int) -> SwitchableSSD:
         """The detector, its weights not meant to be used; `classes` with background."""
@@ -68,6 +69,7 @@ class Architecture:
             width=self.policy_width,
             bits=self.policy_bits,
             stem_channels=stem_channels(self.width) if self.policy_input == "stem" else None,
+            effort=effort_of(self.bits.choices) if self.policy_effort else None,
         )
 
     @staticmethod

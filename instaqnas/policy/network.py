@@ -50,6 +50,8 @@ class PolicyNet(nn.Module):
         width: channels of the first block; the paper has 16.
         bits: (weight bits, activation bits) at which the network runs and is counted.
         stem_channels: those of the detector's stem, to look at its features; None looks at the image.
+        effort: what a unit of effort adds to the logits of the K choices, the same at all positions; the network then
+            has one output more, the effort for the image. None has no such output.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class PolicyNet(nn.Module):
         width: int,
         bits: BitChoice,
         stem_channels: int | None = None,
+        effort: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.positions, self.choices, self.pool, self.stem_channels = positions, choices, pool, stem_channels
@@ -73,7 +76,9 @@ class PolicyNet(nn.Module):
         for units, stride in BLOCKS:
             self.blocks.append(ResidualBlock(in_channels, units * width, stride, bits))
             in_channels = units * width
-        self.head = SwitchableConv2d(in_channels, positions * choices, 1, [bits], batch_norm=False)
+        outputs = positions * choices + (effort is not None)
+        self.head = SwitchableConv2d(in_channels, outputs, 1, [bits], batch_norm=False)
+        self.register_buffer("effort", None if effort is None else torch.tensor(effort), persistent=False)
         nn.init.normal_(self.head.weight, std=0.01)  # an almost uniform policy to start from
 
     def forward(self, seen: Tensor) -> Tensor:
@@ -82,8 +87,12 @@ class PolicyNet(nn.Module):
         With `stem_channels`, for that many features [B, C, H, W] behind their ReLU.
         """
         x = self.blocks(self._from_image(seen) if self.stem_channels is None else self._from_stem(seen))
-        x = F.adaptive_avg_pool2d(x, 1)
-        return self.head(x).value().view(-1, self.positions, self.choices)
+        x = self.head(F.adaptive_avg_pool2d(x, 1)).value().flatten(1)
+        logits = x[:, : self.positions * self.choices].view(-1, self.positions, self.choices)
+        if self.effort is None:
+            return logits
+        shift = x[:, -1:, None] * self.effort  # not in one operation with the sum, which compiled code may round once
+        return logits + shift
 
     def example(self, image_size: int) -> Tensor:
         """Zeros of the shape of what it looks at, for one image of `image_size` pixels a side."""
@@ -93,7 +102,7 @@ class PolicyNet(nn.Module):
     @torch.no_grad()
     def add_to_logits(self, offset: Tensor) -> None:
         """Adds `offset` [L, K] to the logits of all images, once and for all."""
-        self.head.bias += offset.flatten().to(self.head.bias)
+        self.head.bias[: offset.numel()] += offset.flatten().to(self.head.bias)
 
     def _from_image(self, images: Tensor) -> Tensor:
         x = F.avg_pool2d(normalized(images), self.pool, ceil_mode=True)  # no pixel left out
@@ -101,6 +110,18 @@ class PolicyNet(nn.Module):
 
     def _from_stem(self, features: Tensor) -> Tensor:
         return F.relu(self.stem(F.avg_pool2d(features, self.pool, ceil_mode=True)).value())
+
+
+def effort_of(choices: Sequence[BitChoice]) -> list[float]:
+    """What a unit of effort adds to the logits of K choices: log2 of weight bits x activation bits, of mean 0 and
+    standard deviation 1 over the choices (all 0 if they cost the same).
+
+    An image that needs more of everything then needs one output of the policy to say so, not L x K.
+    """
+    logs = [math.log2(weight_bits * activation_bits) for weight_bits, activation_bits in choices]
+    mean = sum(logs) / len(logs)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in logs) / len(logs))
+    return [(value - mean) / deviation if deviation else 0.0 for value in logs]
 
 
 def start_logits(configuration: Sequence[int], choices: int) -> Tensor:

@@ -21,6 +21,7 @@ def architecture_of(config: Config) -> Architecture:
         width=config.detector.width,
         extras_batch_norm=config.detector.extras_batch_norm,
         policy_input=config.policy.input,
+        policy_effort=config.policy.effort,
         policy_pool=config.policy.pool,
         policy_width=config.policy.width,
         policy_bits=config.policy.bits,

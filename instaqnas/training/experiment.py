@@ -21,7 +21,7 @@ from instaqnas.detector.mobilenet import stem_channels
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs, position_count
 from instaqnas.errors import InputError
 from instaqnas.policy.bit_config import ChooseBits, Draw, fixed, sandwich, uniformly_random
-from instaqnas.policy.network import PolicyNet
+from instaqnas.policy.network import PolicyNet, effort_of
 from instaqnas.ranks import world_size
 from instaqnas.seeds import SampleKey, derived_seed, generator, uniform_numbers
 from instaqnas.training import distributed
@@ -105,6 +105,7 @@ class Experiment:
             width=settings.width,
             bits=settings.bits,
             stem_channels=stem_channels(self.config.detector.width) if settings.input == "stem" else None,
+            effort=effort_of(self.config.bits.choices) if settings.effort else None,
         )
         return policy.to(self.device)
 

@@ -20,7 +20,7 @@ from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.deploy.packed import Architecture, load_packed, pack_bits, save_packed, unpack_bits
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
-from instaqnas.policy.network import PolicyNet, policy_gbitops
+from instaqnas.policy.network import PolicyNet, effort_of, policy_gbitops
 from instaqnas.quant.integer import to_integer
 from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate
 
@@ -158,9 +158,10 @@ def test_a_policy_on_the_stem_comes_back_and_sees_the_stem_of_its_detector(tmp_p
     detector.freeze_stem()
     images, choices = random_images(3, seed=7), random_choices(detector, 3, seed=7)
     torch.manual_seed(0)
-    policy = PolicyNet(len(detector.positions), 3, pool=4, width=4, bits=(6, 8), stem_channels=8)
+    effort = effort_of(detector.choices)
+    policy = PolicyNet(len(detector.positions), 3, pool=4, width=4, bits=(6, 8), stem_channels=8, effort=effort)
     settle(policy, lambda: policy(detector.look(images).seen))
-    plain = replace(architecture(BITS["lsq_plus"]), policy_input="stem")
+    plain = replace(architecture(BITS["lsq_plus"]), policy_input="stem", policy_effort=True)
     save_packed(tmp_path / "packed.pt", detector, policy, plain, CLASSES)
     model = load_packed(tmp_path / "packed.pt")
     whole, whole_policy = to_integer(detector), to_integer(policy)
@@ -175,7 +176,7 @@ def test_a_policy_on_the_stem_comes_back_and_sees_the_stem_of_its_detector(tmp_p
 @torch.no_grad()
 def test_a_file_from_before_policies_could_look_at_the_stem_is_read(packed: Path, tmp_path: Path) -> None:
     state = copy.deepcopy(load_once(packed))
-    del state["architecture"]["policy_input"]
+    del state["architecture"]["policy_input"], state["architecture"]["policy_effort"]
     save_checkpoint(tmp_path / "old.pt", state)
     images = random_images(2)
     assert torch.equal(load_packed(tmp_path / "old.pt").policy(images), load_packed(packed).policy(images))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from instaqnas.policy.network import PolicyNet, policy_gbitops, policy_layers
+from instaqnas.policy.network import PolicyNet, effort_of, policy_gbitops, policy_layers, start_logits
 from instaqnas.quant.switchable import SwitchableConv2d, calibrate
 
 
@@ -93,6 +93,47 @@ def test_more_pooling_costs_less_and_needs_no_other_parameters() -> None:
     coarse, fine = build(pool=8), build(pool=2)
     assert policy_gbitops(coarse, 128) < policy_gbitops(fine, 128) / 8
     assert [p.shape for p in coarse.parameters()] == [p.shape for p in fine.parameters()]
+
+
+# --- Effort and beginnings --------------------------------------------------------------------------------------------
+
+
+def test_a_unit_of_effort_raises_what_costs_more() -> None:
+    # log2 of 4, 16 and 64 is 2, 4 and 6: mean 4, standard deviation sqrt(8 / 3)
+    step = 2 / (8 / 3) ** 0.5
+    assert effort_of([(2, 2), (8, 8), (4, 4)]) == pytest.approx([-step, step, 0], abs=1e-12)
+    assert effort_of([(2, 8), (4, 4)]) == [0, 0]
+    assert effort_of([(3, 4)]) == [0]
+
+
+@torch.no_grad()
+def test_effort_moves_all_positions_of_an_image_alike() -> None:
+    torch.manual_seed(0)
+    policy = PolicyNet(13, 3, pool=4, width=4, bits=(8, 8), effort=[-1.0, 0.0, 2.0])
+    images = random_images(4)
+    calibrate(policy, lambda: policy(images))
+    policy.eval()
+    before = policy(images)
+    policy.head.bias[-1] += 0.5
+    shift = torch.tensor([-0.5, 0.0, 1.0]).expand(4, 13, 3)
+    torch.testing.assert_close(policy(images) - before, shift, rtol=0, atol=1e-5)
+    policy.head.weight[-1] *= 0
+    policy.head.bias[-1] = 0
+    plain = build(pool=4)
+    plain.load_state_dict(
+        {
+            name: value[:-1] if name in ("head.weight", "head.bias") else value
+            for name, value in policy.state_dict().items()
+        }
+    )
+    torch.testing.assert_close(plain.eval()(images), policy(images))
+    assert policy_gbitops(policy, 64) - policy_gbitops(plain, 64) == pytest.approx(32 * 64 / 1e9, rel=1e-9)
+
+
+def test_beginning_from_a_configuration_gives_its_choices_seven_tenths() -> None:
+    probabilities = start_logits([2, 0], 3).softmax(-1)
+    torch.testing.assert_close(probabilities, torch.tensor([[0.15, 0.15, 0.7], [0.7, 0.15, 0.15]]))
+    assert start_logits([0, 0], 1).softmax(-1).tolist() == [[1], [1]]
 
 
 # --- On the features of the stem --------------------------------------------------------------------------------------

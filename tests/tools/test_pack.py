@@ -71,6 +71,7 @@ def test_the_architecture_is_that_of_the_config() -> None:
         policy_width=3,
         policy_bits=(6, 5),
         policy_input="image",
+        policy_effort=False,
     )
 
 
