@@ -199,7 +199,7 @@ class QuantTrainConfig(TrainConfig):
 
     Args:
         distill_weight: weight of a further loss, the distance to the outputs of the full-precision network; 0 has none.
-        batch_norm_batches: training batches, all at most, whose statistics BatchNorm ends with; 0 keeps running ones.
+        batch_norm_batches: training batches, all at most, that give a result its BatchNorm statistics; 0: running ones.
     """
 
     distill_weight: float = 0.0
