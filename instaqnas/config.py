@@ -259,7 +259,9 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How fast it runs, not what it computes.
+    """How fast it runs. Apart from `amp`, only rounding depends on it.
+
+    There is no fp16: integer sums pass its largest number, 65,504.
 
     Args:
         compile: fuse the elementwise passes of quantized layers; `auto` does if a compiler is found, `on` insists.
