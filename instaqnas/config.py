@@ -212,7 +212,7 @@ class QuantTrainConfig(TrainConfig):
 
     Args:
         distill_weight: weight of a further loss, the distance to the outputs of the full-precision network; 0 has none.
-        batch_norm_batches: training batches, all at most, whose statistics BatchNorm ends with; 0 keeps running ones.
+        batch_norm_batches: training batches, all at most, that give a result its BatchNorm statistics; 0: running ones.
     """
 
     distill_weight: float = 0.0
@@ -281,7 +281,9 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How fast it runs, not what it computes.
+    """How fast it runs. Apart from `amp`, only rounding depends on it.
+
+    There is no fp16: integer sums pass its largest number, 65,504.
 
     Args:
         compile: fuse the elementwise passes of quantized layers; `auto` does if a compiler is found, `on` insists.

@@ -1,9 +1,9 @@
 """The elementwise passes of a quantized layer, each as one pass over memory, with their gradients.
 
 Beside its convolution a quantized layer costs memory traffic: statistics of BatchNorm, normalisation, ReLU, rounding.
-Two passes do it all. `moments` reads a feature map once; `clip_round` reads it once more and writes what the next
-convolution reads: normalisation and division by the step size are one multiply-add, and clipping at an unsigned grid's
-lowest level, 0, is the ReLU.
+Two passes do it all. `sums_of_powers` reads a feature map once; `clip_round` reads it once more and writes what the
+next convolution reads: normalisation and division by the step size are one multiply-add, and clipping at an unsigned
+grid's lowest level, 0, is the ReLU.
 
 Composed from torch operations each of them is three to five passes; `torch.compile` makes one loop of it
 (`compile_passes`). Only these few functions are compiled, not the network: seconds instead of minutes.
@@ -40,12 +40,12 @@ def clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest:
     return _ClipRound.apply(y.flatten(2), scale, shift, lowest, highest).view(y.shape)
 
 
-def moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sums_of_powers(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`y` [B, C, ...] itself, and per image and channel the sum of its values and that of their squares, [B, C].
 
     Read on from the `y` that is returned: then its gradient and those of the sums are joined in one pass.
     """
-    same, sums, squares = _Moments.apply(y.flatten(2))
+    same, sums, squares = _SumsOfPowers.apply(y.flatten(2))
     return same.view(y.shape), sums, squares
 
 
@@ -97,16 +97,16 @@ class _ClipRound(torch.autograd.Function):
         return grad_y, grad_scale, grad_shift, below, above
 
 
-class _Moments(torch.autograd.Function):
+class _SumsOfPowers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(y)
-        return y.view_as(y), *_run(_moments, y)
+        return y.view_as(y), *_run(_sums_of_powers, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: Tensor, grad_sums: Tensor, grad_squares: Tensor) -> Tensor:
-        return _run(_moments_backward, grad_y, *ctx.saved_tensors, grad_sums, grad_squares)
+        return _run(_sums_of_powers_backward, grad_y, *ctx.saved_tensors, grad_sums, grad_squares)
 
 
 # --- The passes: y [B, C, N], tables [B, C] or [B] --------------------------------------------------------------------
@@ -148,12 +148,12 @@ def _clip_round_bounds_backward(
     return below.sum((1, 2)), above.sum((1, 2))
 
 
-def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
+def _sums_of_powers(y: Tensor) -> tuple[Tensor, Tensor]:
     exact = y if y.dtype == torch.float64 else y.float()
     return exact.sum(2), (exact * exact).sum(2)
 
 
-def _moments_backward(grad_y: Tensor, y: Tensor, grad_sums: Tensor, grad_squares: Tensor) -> Tensor:
+def _sums_of_powers_backward(grad_y: Tensor, y: Tensor, grad_sums: Tensor, grad_squares: Tensor) -> Tensor:
     through_sums = torch.addcmul(grad_sums[:, :, None], y.to(grad_sums.dtype), 2 * grad_squares[:, :, None])
     return (grad_y + through_sums).to(y.dtype)
 
@@ -196,7 +196,7 @@ def _integer_depthwise_2(levels: Tensor, taps: Tensor) -> Tensor:
 # --- Compilation ------------------------------------------------------------------------------------------------------
 
 _PASSES = (
-    _clip_round, _clip_round_backward, _clip_round_bounds_backward, _moments, _moments_backward,
+    _clip_round, _clip_round_backward, _clip_round_bounds_backward, _sums_of_powers, _sums_of_powers_backward,
     _integer_levels_8, _integer_levels_16, _integer_depthwise_1, _integer_depthwise_2,
 )  # fmt: skip
 _compiled: dict[Callable, Callable] = {}

@@ -320,7 +320,7 @@ class PactActivations(ActivationQuantizer):
     """PACT: clipped to [0, alpha], or [-alpha, alpha] if signed, with a learned alpha per choice that starts at 10.
 
     Alpha learns from clipped values alone (PACT, equation 3): the step size alpha / highest level is a constant to the
-    gradient, and the ends of the range are not.
+    gradient, and the ends of the range are not. Carried away, alpha stays at an end of the range of step sizes.
     """
 
     def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
@@ -329,7 +329,7 @@ class PactActivations(ActivationQuantizer):
             self.log_alpha = nn.Parameter(torch.full((len(bits),), math.log(PACT_FIRST_END)))
 
     def grid(self, numel: int) -> Grid:
-        alpha = self.log_alpha.exp()
+        alpha = (_bounded(self.log_alpha) + (self.log_alpha - self.log_alpha.detach())).exp()
         relative = alpha / alpha.detach()  # 1, with alpha's gradient
         step = (alpha.detach() / self.highest)[:, None]
         lowest = -self.highest * relative if self.signed else self.lowest
@@ -391,8 +391,13 @@ def _lsq_step(log_step: Tensor, gradient_scale: Tensor) -> Tensor:
     A descent on log s by g / s^2 moves s, to first order, as one on s by g does. Where that is carried away, s stays at
     an end of its range.
     """
-    bounded = log_step.detach().clamp(math.log(SMALLEST_STEP), math.log(LARGEST_STEP))
+    bounded = _bounded(log_step)
     return (bounded + (log_step - log_step.detach()) * gradient_scale * (-2 * bounded).exp()).exp()
+
+
+def _bounded(logarithm: Tensor) -> Tensor:
+    """A constant: `logarithm` within the range of step sizes, so that its exponential is positive and finite."""
+    return logarithm.detach().clamp(math.log(SMALLEST_STEP), math.log(LARGEST_STEP))
 
 
 def _first_lsq_step(magnitude: Tensor, highest: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A convolution with per-choice BatchNorm that runs every image of a batch at its own bit choice, computed once.
 
-Weights are shared by all choices or separate for each; step sizes and BatchNorm exist per choice. K = 1 is an ordinary
+Weights are shared by all choices, separate for each, or shared with nested integers, those of fewer bits the top bits
+of the widest; step sizes (of nested weights all from one) and BatchNorm exist per choice. K = 1 is an ordinary
 quantized convolution, and K = 1 at 32 bits an ordinary one: the full-precision network is built of the same parts.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from instaqnas import ranks
-from instaqnas.quant.fused import moments
+from instaqnas.quant.fused import sums_of_powers
 from instaqnas.quant.quantizers import (
     Affine,
     QuantizerName,
@@ -97,7 +98,7 @@ class PerChoiceBatchNorm(nn.Module):
 
         Arguments as those of `forward`.
         """
-        _, sums, squares = moments(y)
+        _, sums, squares = sums_of_powers(y)
         member = self._members(y, choice).double()
         count = member.sum(1, keepdim=True) * y[0, 0].numel()  # [K, 1]
         factor = torch.ones_like(count) if factor is None else factor.double()
@@ -128,7 +129,7 @@ class PerChoiceBatchNorm(nn.Module):
 
         Updates the running statistics.
         """
-        y, sums, squares = moments(y)
+        y, sums, squares = sums_of_powers(y)
         member = self._members(y, choice).to(sums.dtype)
         pixels = member.sum(1, keepdim=True) * y[0, 0].numel()  # [K, 1]
         with torch.autocast(y.device.type, enabled=False):  # bf16 would leave nothing of the difference

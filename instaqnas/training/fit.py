@@ -80,7 +80,7 @@ def fit(
     *,
     steps_per_epoch: int,
     train_epoch: Callable[[int], dict[str, float]],
-    after_training: Callable[[], None],
+    prepare_result: Callable[[], None],
     validate: Callable[[], EvalReport] | None,
     keep_best: bool,
     diagnose: Callable[[int], dict[str, float]],
@@ -91,7 +91,8 @@ def fit(
     Args:
         settings: `epochs`, and after how many of them to validate and to save; the last one has both.
         train_epoch: trains what is left of epoch number 0, 1, ..., updates `state`, and returns what to log.
-        after_training: called once after the last epoch, before it is validated and saved.
+        prepare_result: called before what may be the stage's result is validated and saved: after the last epoch, and
+            where the best counts before every validation.
         validate: evaluates on the val split; None where there is none.
         keep_best: keep the checkpoint with the highest mAP on the val split too.
         diagnose: called, with the step, when it is time to validate, even without a val split; returns what to log.
@@ -107,9 +108,9 @@ def fit(
         choices = state.sums("detector").choices
         state.epoch += 1
         state.running = {}
-        if state.epoch == epochs:
-            after_training()
         step, due = state.epoch * steps_per_epoch, _is_due(state.epoch, epochs, settings.eval_every)
+        if state.epoch == epochs or (due and keep_best and validate is not None):
+            prepare_result()
         if due and validate is not None:
             report = validate()
             scalars |= {"eval/map": report.map_11pt, "eval/gbitops_total": report.gbitops_total}

@@ -154,13 +154,14 @@ class DetectorTraining:
     ) -> None:
         """Trains to the end; validates and draws each time under what `choose_bits()` returns.
 
-        BatchNorm takes its last statistics from `batch_norm_batches` training batches under the same; 0 leaves them.
-        After that, and before all is measured for the last time, comes `finish`. `diagnose` as for `fit`.
+        What may be the result (see `fit`) takes the statistics of BatchNorm from `batch_norm_batches` training batches
+        under the same; 0 leaves them. After that comes `finish`, which is for a stage whose result is its end. `diagnose`
+        as for `fit`.
         """
         val_loader = self.experiment.val_loader()
         shown = self.experiment.picture_batch()
 
-        def after_training() -> None:
+        def prepare_result() -> None:
             if batch_norm_batches:
                 self._reestimate_batch_norm(choose_bits(), batch_norm_batches)
             finish()
@@ -177,7 +178,7 @@ class DetectorTraining:
             self.settings,
             steps_per_epoch=len(self.loader),
             train_epoch=train_epoch,
-            after_training=after_training,
+            prepare_result=prepare_result,
             validate=None if val_loader is None else validate,
             keep_best=keep_best,
             diagnose=diagnose,
@@ -185,7 +186,10 @@ class DetectorTraining:
         )
 
     def _reestimate_batch_norm(self, choose_bits: ChooseBits, batches: int) -> None:
-        """The result's statistics, from augmented images: what the weights have been trained for."""
+        """The result's statistics, from augmented images: what the weights have been trained for.
+
+        They are the same images each time. Training goes on from these statistics, which it does not read.
+        """
         self.loader.set_epoch(self.settings.epochs)
 
         def forward() -> None:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from instaqnas.errors import InputError
 from instaqnas.quant import fused
-from instaqnas.quant.fused import clip_round, compile_passes, integer_levels, moments
+from instaqnas.quant.fused import clip_round, compile_passes, integer_depthwise, integer_levels, sums_of_powers
 
 
 @pytest.fixture(autouse=True)
@@ -90,20 +91,20 @@ def test_levels_and_all_five_gradients_equal_autograd_of_the_formula() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_moments_are_sums_whose_gradient_joins_that_of_the_map() -> None:
+def test_sums_have_a_gradient_that_joins_that_of_the_map() -> None:
     y = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def normalised(y: Tensor, sums: Tensor, squares: Tensor) -> Tensor:
         return y * squares[:, :, None, None] + sums.sin()[:, :, None, None]
 
-    ours = gradients(lambda y: normalised(*moments(y)), [y], y.flip(1))
+    ours = gradients(lambda y: normalised(*sums_of_powers(y)), [y], y.flip(1))
     naive = gradients(lambda y: normalised(y, y.sum((2, 3)), y.square().sum((2, 3))), [y], y.flip(1))
     torch.testing.assert_close(ours, naive)
 
 
-def test_gradients_of_moments_pass_a_numerical_check() -> None:
+def test_gradients_of_sums_pass_a_numerical_check() -> None:
     y = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(moments, [y])
+    assert torch.autograd.gradcheck(sums_of_powers, [y])
 
 
 def test_maps_in_half_precision_keep_levels_up_to_256_exact_and_sums_in_float32() -> None:
@@ -113,7 +114,7 @@ def test_maps_in_half_precision_keep_levels_up_to_256_exact_and_sums_in_float32(
     expected = naive_clip_round(y.float(), scale * 40, shift, lowest, torch.full_like(highest, 255))
     assert levels.dtype == torch.bfloat16
     assert torch.equal(levels.float(), expected)
-    assert moments(y)[1].dtype == torch.float32
+    assert sums_of_powers(y)[1].dtype == torch.float32
 
 
 def test_a_position_is_a_rounded_product_and_a_rounded_sum() -> None:
@@ -129,7 +130,7 @@ def test_compiled_passes_equal_the_uncompiled_ones() -> None:
     assert y.numel() > fused.SMALL  # or nothing would be compiled
 
     def network(y: Tensor, *table: Tensor) -> Tensor:
-        same, sums, squares = moments(y)
+        same, sums, squares = sums_of_powers(y)
         return clip_round(same, *table) * (sums + squares)[:, :, None, None]
 
     upstream = y.flip(2) / 1e4
@@ -144,6 +145,29 @@ def test_compiled_passes_equal_the_uncompiled_ones() -> None:
     torch.testing.assert_close(compiled[0], plain[0], rtol=1e-4, atol=0)
     for got, expected in zip(compiled[1:], plain[1:], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_compiled_integer_passes_before_and_in_depthwise_convolutions_are_exact() -> None:
+    y, scale, shift, lowest, highest = halfway_positions(2, 16, 45 * 45)
+    expected = levels_rounded_twice(y, scale, shift, lowest, highest)
+    g = torch.Generator().manual_seed(0)
+    levels = torch.randint(-128, 256, (2, 45, 46, 16), generator=g, dtype=torch.int16)
+    taps = torch.randint(-255, 256, (2, 9, 16), generator=g, dtype=torch.int32)
+    assert min(y.numel(), levels.numel()) > fused.SMALL
+    compile_passes("auto")
+    no_offset = torch.zeros_like(highest)
+    found = integer_levels(y.int().transpose(1, 2), scale, shift, lowest, highest, no_offset, torch.int16)
+    sums = {stride: integer_depthwise(levels, taps, 3, stride) for stride in (1, 2)}
+    if not fused._compiled:
+        pytest.skip("no compiler on this machine")
+    assert found.dtype == torch.int16
+    assert torch.equal(found.transpose(1, 2), expected)
+    for stride, y in sums.items():
+        assert y.dtype == torch.int32
+        for image in range(2):
+            weight = taps[image].T.reshape(16, 1, 3, 3).double()  # integers: exact in float64
+            alone = F.conv2d(levels[image].permute(2, 0, 1)[None].double(), weight, stride=stride, groups=16)
+            assert torch.equal(y[image], alone[0].permute(1, 2, 0))
 
 
 def broken_compiler(*_: object, **__: object) -> Callable:

@@ -111,23 +111,34 @@ def test_an_affine_map_is_absorbed_as_if_it_had_been_computed(name: str, signed:
         torch.testing.assert_close(absorbed, computed, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_1000_adversarial_steps_leave_step_sizes_positive(name: str) -> None:
-    quantizers = [weight_quantizer(name, (2, 4, 8)), activation_quantizer(name, (2, 4, 8), signed=False)]
-    for quantizer in quantizers:
-        quantizer.initialize(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)).abs())
-    parameters = [p for quantizer in quantizers for p in quantizer.parameters()]
-    signs = torch.Generator().manual_seed(4)
-    descent = torch.optim.SGD(parameters, lr=0.05) if parameters else None
-    for _ in range(1000):
-        for parameter in parameters:  # pushes that a number held as itself would not survive
-            parameter.grad = torch.randn(parameter.shape, generator=signs) + 0.2
-        if descent is not None:
+@pytest.mark.parametrize(("name", "signed"), [("lsq_plus", True), ("lsq", False), ("pact", True), ("pact", False)])
+def test_1000_adversarial_steps_leave_step_sizes_positive_and_outputs_finite(name: str, signed: bool) -> None:
+    """Large gradients, a large rate: to the lower end of the range and from there to the upper one."""
+    x = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    weights, inputs = weight_quantizer(name, (2, 4, 8)), activation_quantizer(name, (2, 4, 8), signed=signed)
+    learning = [quantizer for quantizer in (weights, inputs) if [*quantizer.parameters()]]
+    for quantizer in learning:
+        quantizer.initialize(x)
+    descent = torch.optim.SGD([p for quantizer in learning for p in quantizer.parameters()], lr=10.0)
+    ends = {}
+    for sign, steps in ((1, 300), (-1, 700)):
+        for _ in range(steps):
+            descent.zero_grad()
+            grids = [quantizer.grid(27) for quantizer in learning]
+            assert all((grid.step > 0).all() and grid.step.isfinite().all() for grid in grids)
+            # What learns moves one of them: the step size, or of PACT the end of the range.
+            (sign * 1e4 * sum(grid.step.sum() + grid.highest.sum() for grid in grids)).backward()
             descent.step()
-    for quantizer in quantizers:
-        step = quantizer.grid(9).step
-        assert (step > 0).all()
-        assert step.isfinite().all()
+        ends[sign] = [quantizer.grid(27).step for quantizer in learning]
+        levels, step = weights(x)
+        assert (levels * step.view(-1, 1, 1, 1, 1)).isfinite().all()
+        levels, step = inputs(x, torch.arange(3))
+        assert (levels * step.view(-1, 1, 1, 1)).isfinite().all()
+    for quantizer, smallest, largest in zip(learning, ends[1], ends[-1], strict=True):
+        # Alpha, the last level, has the bounds that step sizes have elsewhere.
+        last = quantizer.highest[:, None] if name == "pact" else 1
+        torch.testing.assert_close(smallest * last, torch.full((3, 1), 1e-8), rtol=1e-4, atol=0)
+        torch.testing.assert_close(largest * last, torch.full((3, 1), 1e8), rtol=1e-4, atol=0)
 
 
 # --- PACT -------------------------------------------------------------------------------------------------------------

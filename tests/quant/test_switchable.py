@@ -41,7 +41,9 @@ CASES = {
 }
 
 
-def build(case: Case, choices: list[tuple[int, int]], *, batch_norm: bool, seed: int = 0) -> SwitchableConv2d:
+def build(
+    case: Case, choices: list[tuple[int, int]], *, batch_norm: bool, seed: int = 0, **settings: str | bool
+) -> SwitchableConv2d:
     """A layer in float64 whose parameters and statistics all differ, so that no mix-up can hide."""
     layer = SwitchableConv2d(
         case.in_channels,
@@ -52,14 +54,18 @@ def build(case: Case, choices: list[tuple[int, int]], *, batch_norm: bool, seed:
         groups=case.groups,
         batch_norm=batch_norm,
         signed_input=case.signed_input,
+        **settings,
     ).double()
     g = torch.Generator().manual_seed(seed)
     layer.initialize_steps(inputs(case, 8, seed=seed + 1))
     with torch.no_grad():
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            if quantizer.any_quantized:
-                noise = torch.randn(len(choices), generator=g, dtype=torch.float64)
-                quantizer.log_step += 0.3 * noise.view_as(quantizer.log_step)
+        if layer.weight.dim() == 5:  # separate
+            layer.weight += 0.3 * torch.randn(layer.weight.shape, generator=g).double()
+        for name, parameter in layer.named_parameters():
+            if name.endswith("log_step"):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=g, dtype=torch.float64)
+            elif name.endswith("log_alpha"):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=g).double() - 2  # 10 clips nothing
         if layer.norm is None:
             layer.bias.copy_(torch.randn(case.out_channels, generator=g))
         else:
@@ -86,24 +92,67 @@ def round_straight_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def fake_quantize(x: Tensor, bits: int, log_step: Tensor, k: int, zero: Tensor | None, signed: bool) -> Tensor:
-    if bits == 32:
-        return x if signed else x.relu()
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    step, offset = log_step[k].exp(), 0.0 if zero is None else round_straight_through(zero[k])
-    level = x / step + offset
-    level = torch.where(level < low, low, torch.where(level > high, high, level))  # the ends count as inside
+def clipped(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """The ends count as inside."""
+    low, high = (torch.as_tensor(end, dtype=x.dtype) for end in (low, high))
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
+def ends(bits: int, signed: bool) -> tuple[int, int]:
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def widest(layer: SwitchableConv2d) -> int:
+    return max(bits for bits, _ in layer.choices if bits != 32)
+
+
+def lsq(x: Tensor, step: Tensor, offset: Tensor | float, bits: int, signed: bool) -> Tensor:
+    level = clipped(x / step + offset, *ends(bits, signed))
     return (round_straight_through(level) - offset) * step
+
+
+def fake_weight(layer: SwitchableConv2d, p: dict[str, Tensor], k: int) -> Tensor:
+    """LSQ, nested LSQ (Any-Precision) or DoReFa written out; the weight of choice k."""
+    bits, weight = layer.choices[k][0], p["weight"]
+    weight = weight[k] if weight.dim() == 5 else weight
+    if bits == 32:
+        return weight
+    log_step = p.get("weight_quantizer.log_step")
+    if log_step is None:
+        largest, last = weight.detach().tanh().abs().max(), 2**bits - 1
+        unit = weight.tanh() / (2 * largest) + 0.5
+        return (2 * round_straight_through(unit * last) / last - 1) * largest
+    if len(log_step) == len(layer.choices):
+        return lsq(weight, log_step[k].exp().view(-1, 1, 1, 1), 0.0, bits, True)
+    width = log_step[0].exp().view(-1, 1, 1, 1) * 2 ** (widest(layer) - bits)
+    lowest, highest = ends(bits, True)
+    # The middle of the interval that the weight falls to; the middles of the first and last are the ends of the range.
+    position = clipped(weight / width, lowest + 0.5, highest + 0.5)
+    middle = (weight / width).detach().floor().clamp(lowest, highest) + 0.5
+    return (position + (middle - position).detach()) * width
+
+
+def fake_input(layer: SwitchableConv2d, p: dict[str, Tensor], image: Tensor, k: int) -> Tensor:
+    """LSQ, LSQ+, PACT or DoReFa written out."""
+    bits, signed = layer.choices[k][1], layer.input_quantizer.signed
+    if bits == 32:
+        return image if signed else image.relu()
+    if "input_quantizer.log_step" in p:
+        zero = p.get("input_quantizer.zero_point")
+        offset = 0.0 if zero is None else round_straight_through(zero[k])
+        return lsq(image, p["input_quantizer.log_step"][k].exp(), offset, bits, signed)
+    log_alpha = p.get("input_quantizer.log_alpha")
+    alpha = torch.ones(()) if log_alpha is None else log_alpha[k].exp()
+    levels = ends(bits, signed)[1] / alpha.detach()
+    image = clipped(image, -alpha if signed else 0.0, alpha)
+    return image + ((image * levels).round() / levels - image).detach()
 
 
 def convolve_alone(layer: SwitchableConv2d, p: dict[str, Tensor], image: Tensor, k: int) -> Tensor:
     """One image [1, in, H, W] at choice k, by F.conv2d of fake-quantized weight and input."""
-    weight_bits, input_bits = layer.choices[k]
-    signed = "input_quantizer.zero_point" in p
-    zero = p.get("input_quantizer.zero_point")
-    weight = fake_quantize(p["weight"], weight_bits, p.get("weight_quantizer.log_step"), k, None, True)
-    image = fake_quantize(image, input_bits, p.get("input_quantizer.log_step"), k, zero, signed)
+    weight = fake_weight(layer, p, k)
     kernel_size = weight.shape[-1]
+    image = fake_input(layer, p, image, k)
     return F.conv2d(image, weight, p.get("bias"), layer.stride, kernel_size // 2, groups=layer.groups)
 
 
@@ -124,26 +173,37 @@ def reference(
 
 
 def gradient_scales(layer: SwitchableConv2d, x: Tensor) -> dict[str, Tensor]:
-    """LSQ's factor 1 / sqrt(numel * highest level) on the gradients of the step sizes, 1 on all others."""
-    weight_highest = [2 ** (min(w, 8) - 1) - 1 for w, _ in layer.choices]
-    signed = layer.input_quantizer.zero_point is not None
-    input_highest = [(2 ** (min(a, 8) - 1) - 1) if signed else 2 ** min(a, 8) - 1 for _, a in layer.choices]
-    weight_scale = (layer.weight.numel() * torch.tensor(weight_highest).double()).rsqrt()
-    input_scale = (x[0].numel() * torch.tensor(input_highest).double()).rsqrt()
+    """LSQ's factor 1 / sqrt(numel * highest level) on the gradients of step sizes and zero-points; others have 1."""
+    signed = layer.input_quantizer.signed
+    weight_highest = torch.tensor([ends(min(bits, 8), True)[1] for bits, _ in layer.choices]).double()
+    input_highest = torch.tensor([ends(min(bits, 8), signed)[1] for _, bits in layer.choices]).double()
+    scales = {}
+    if hasattr(layer.weight_quantizer, "log_step"):
+        steps, channels = layer.weight_quantizer.log_step.shape
+        highest = weight_highest if steps == len(layer.choices) else ends(widest(layer), True)[1] * torch.ones(1)
+        numel = layer.weight[0].numel() if layer.weight.dim() == 5 else layer.weight.numel()
+        scales["weight_quantizer.log_step"] = (numel / channels * highest).rsqrt().view(-1, 1)
+    if hasattr(layer.input_quantizer, "log_step"):
+        scales["input_quantizer.log_step"] = scales["input_quantizer.zero_point"] = (
+            x[0].numel() * input_highest
+        ).rsqrt()
+    for name, value in layer.named_parameters():
+        if name.endswith("log_step"):  # 1 / s^2: a step on log s moves s as far as one on s would
+            scales[name] = scales[name] * value.detach().exp() ** -2
+    return scales
 
-    def descent_on_log(quantizer: nn.Module) -> Tensor:  # 1 / s^2: a step on log s moves s as far as one on s would
-        return quantizer.log_step.detach().flatten().exp() ** -2 if quantizer.any_quantized else torch.ones(())
 
-    return {
-        "weight_quantizer.log_step": weight_scale * descent_on_log(layer.weight_quantizer),
-        "input_quantizer.log_step": input_scale * descent_on_log(layer.input_quantizer),
-        "input_quantizer.zero_point": input_scale,
-    }
-
-
-def assert_equals_reference(case: Case, choices: list[tuple[int, int]], choice: list[int], **settings: bool) -> None:
-    layer = build(case, choices, batch_norm=settings["batch_norm"])
-    layer.train(settings["training"])
+def assert_equals_reference(
+    case: Case,
+    choices: list[tuple[int, int]],
+    choice: list[int],
+    *,
+    batch_norm: bool,
+    training: bool,
+    **settings: str | bool,
+) -> None:
+    layer = build(case, choices, batch_norm=batch_norm, **settings)
+    layer.train(training)
     p = {name: value.detach().clone().requires_grad_() for name, value in layer.named_parameters()}
     statistics = (torch.zeros(0), torch.zeros(0))
     if layer.norm is not None:
@@ -164,11 +224,7 @@ def assert_equals_reference(case: Case, choices: list[tuple[int, int]], choice: 
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-8)
     scales = gradient_scales(layer, x)
     for name, value in layer.named_parameters():
-        wanted = (
-            torch.zeros_like(value)
-            if p[name].grad is None
-            else p[name].grad * scales.get(name, torch.ones(())).view(-1, *[1] * (value.dim() - 1))
-        )
+        wanted = torch.zeros_like(value) if p[name].grad is None else p[name].grad * scales.get(name, 1.0)
         torch.testing.assert_close(value.grad, wanted, rtol=1e-7, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -190,6 +246,26 @@ def test_choices_without_quantization_mix_with_others(case: str, training: bool)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_one_choice_equals_a_loop_over_images(case: Case, batch_norm: bool, training: bool) -> None:
     assert_equals_reference(case, [(3, 4)], [0, 0, 0], batch_norm=batch_norm, training=training)
+
+
+KINDS = {
+    "separate": {"weights": "separate"},
+    "nested": {"weights": "nested"},
+    "per channel": {"per_channel": True},
+    "nested per channel": {"weights": "nested", "per_channel": True},
+    "lsq": {"quantizer": "lsq"},
+    "pact": {"quantizer": "pact"},
+    "pact separate": {"quantizer": "pact", "weights": "separate"},
+    "dorefa": {"quantizer": "dorefa"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("case", ["pointwise", "strided depthwise", "signed input"])
+def test_every_quantizer_and_kind_of_weight_equals_a_loop_over_images(case: str, kind: dict[str, str | bool]) -> None:
+    for choices in (MIXED, WITH_OFF):
+        choice = [2, 0, 1, 0, 2, len(choices) - 1]
+        assert_equals_reference(CASES[case], choices, choice, batch_norm=True, training=True, **kind)
 
 
 @pytest.mark.parametrize("choice", [[0, 0, 0], [1], [2, 2]])

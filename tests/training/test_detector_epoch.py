@@ -11,6 +11,7 @@ from torch import Tensor
 from instaqnas.data.loader import Batch
 from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD
 from instaqnas.policy.bit_config import fixed
+from instaqnas.quant.quantizers import QuantizerName
 from instaqnas.quant.switchable import calibrate
 from instaqnas.seeds import SampleKey
 from instaqnas.training.detector_epoch import Distill, train_detector_epoch
@@ -27,11 +28,15 @@ def random_batch() -> Batch:
 
 
 def train_one_step(
-    clip_grad_norm: float, distill: Distill | None = None, batch: Batch | None = None, accumulate: int = 1
+    clip_grad_norm: float,
+    distill: Distill | None = None,
+    batch: Batch | None = None,
+    accumulate: int = 1,
+    quantizer: QuantizerName = "lsq_plus",
 ) -> tuple[dict[str, Tensor], EpochSums]:
     """How far every parameter moves in one step of SGD at learning rate 1, and what the epoch measures."""
     torch.manual_seed(0)
-    bits = DetectorBits([(2, 2), (4, 4)], (8, 8), (8, 8), (4, 4), (8, 8))
+    bits = DetectorBits([(2, 2), (4, 4)], (8, 8), (8, 8), (4, 4), (8, 8), quantizer=quantizer)
     detector = SwitchableSSD(3, bits, image_size=64, width=0.125)
     first = random_batch()
     calibrate(detector, lambda: detector(first.images, fixed(CONFIG)(first.images, KEYS)))
@@ -54,8 +59,9 @@ def train_one_step(
     return {name: p.detach() - before[name] for name, p in detector.named_parameters()}, sums
 
 
-def test_gradients_of_quantizers_are_clipped_on_their_own() -> None:
-    free, clipped = train_one_step(0.0)[0], train_one_step(0.01)[0]
+@pytest.mark.parametrize("quantizer", ["lsq_plus", "pact"])  # the end that PACT learns has a sum for its gradient
+def test_gradients_of_quantizers_are_clipped_on_their_own(quantizer: QuantizerName) -> None:
+    free, clipped = (train_one_step(norm, quantizer=quantizer)[0] for norm in (0.0, 0.01))
     for in_group in (lambda name: "quantizer" in name, lambda name: "quantizer" not in name):
         names = [name for name in free if in_group(name)]
         norms = [torch.cat([moves[name].flatten() for name in names]).norm().item() for moves in (free, clipped)]

@@ -73,10 +73,17 @@ SEARCH_OPTIONS = (
 )
 
 
+PRETRAIN_OPTIONS = (
+    "--pretrain_quant.sandwich=true",
+    "--pretrain_quant.batch_norm_batches=1",
+    "--pretrain_quant.eval_every=1",
+)
+
+
 @pytest.mark.parametrize(
     "script, stages_of_script, options, checkpoints",
     [
-        ("pretrain", ("pretrain_fp32", "pretrain_quant"), ("--pretrain_quant.sandwich=true",), 12),
+        ("pretrain", ("pretrain_fp32", "pretrain_quant"), PRETRAIN_OPTIONS, 12),
         ("search", ("search",), SEARCH_OPTIONS, 10),
         ("finetune", ("finetune",), ("--finetune.optimizer=sgd", "--finetune.accumulate=2"), 3),
         ("finetune", ("finetune_uniform_w2a2",), ("--bits=uniform:w2a2", "--search.epochs=1"), 6),

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -503,6 +504,30 @@ def test_batch_norm_ends_with_the_statistics_of_augmented_training_images(
     assert all("running" in name for name in changed)
     assert_same(watch.measured[0], state)
     assert_stem_has_the_statistics_of_the_train_split(state, command.config)
+
+
+def test_a_best_epoch_before_the_last_has_these_statistics_and_training_goes_on_as_without(
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, falling = stages.Experiment.evaluate, iter([0.5, 0.4] * 2)
+    monkeypatch.setattr(
+        stages.Experiment, "evaluate", lambda *arguments: replace(evaluate(*arguments), map_11pt=next(falling))
+    )
+    last = {}
+    for batches in (0, 5):
+        run = copy_stages(finished_run, tmp_path / str(batches), "search")
+        options = (f"--finetune.batch_norm_batches={batches}", "--finetune.epochs=2", "--finetune.eval_every=1")
+        command = make_command("finetune", run, *options)
+        stages.run_finetune(command)
+        last[batches] = load_checkpoint(run / "finetune" / "last.pt")
+    best = load_checkpoint(run / "finetune" / "best.pt")
+    assert (best["epoch"], last[5]["epoch"]) == (1, 2)
+    assert_stem_has_the_statistics_of_the_train_split(best["networks"]["detector"], command.config)
+    assert_stem_has_the_statistics_of_the_train_split(last[5]["networks"]["detector"], command.config)
+    usual, again = (last[batches]["networks"]["detector"] for batches in (0, 5))
+    changed = {name for name, value in again.items() if not torch.equal(value, usual[name])}
+    assert changed
+    assert all("running" in name for name in changed)
 
 
 def test_the_average_gets_the_last_statistics_of_batch_norm(
