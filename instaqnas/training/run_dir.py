@@ -6,14 +6,17 @@ RUN/STAGE/best.pt          the best on the val split, where there is one
 RUN/STAGE/epoch_0007.pt    those of the last epochs, as many as `keep_checkpoints` says
 RUN/STAGE/metrics.jsonl    one line per epoch
 RUN/STAGE/tensorboard/     events
+RUN/STAGE/.lock            locked by the process that writes all this
 
 Of several processes that train together one writes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -74,7 +77,8 @@ class RunDir:
         teacher: the checkpoint that it distills from, if that is another.
         restart: set an earlier beginning of this stage aside, as STAGE.old-1, and begin anew.
 
-    Raises: InputError if the folder holds the same stage of another config, other classes or another source or teacher.
+    Raises: InputError if the folder holds the same stage of another config, other classes or another source or teacher,
+    or if another training writes there.
     """
 
     def __init__(
@@ -95,15 +99,12 @@ class RunDir:
         self._saved_at = time.monotonic()
         if restart:
             set_aside(self.path)
+        self._lock = self._locked() if distributed.is_writer() else None
         if self.last.exists():
             self._check_same_beginning(sources)
             return
         if not distributed.is_writer():
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be created ({error.strerror})") from None
         record = yaml.safe_dump({"config": config, "versions": versions()}, sort_keys=False)
         write_text(self.path / "config.yaml", record)
 
@@ -174,9 +175,20 @@ class RunDir:
             self._writer.add_image(name, picture, step)
 
     def close(self) -> None:
-        """Ends the event file."""
+        """Ends the event file, and lets others write here."""
         if self._writer is not None:
             self._writer.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _locked(self) -> int:
+        """Creates the folder and locks it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be created ({error.strerror})") from None
+        return lock_folder(self.path)
 
     def _check_same_beginning(self, sources: Sequence[Path]) -> None:
         """Raises InputError unless the last checkpoint is of this stage, config, classes and sources."""
@@ -199,13 +211,32 @@ class RunDir:
 
 
 def set_aside(folder: Path) -> None:
-    """Renames a folder, if it exists, to FOLDER.old-1, or the first number that is free."""
+    """Renames a folder, if it exists, to FOLDER.old-1, or the first number that is free.
+
+    Raises: InputError if another training writes there.
+    """
     if distributed.is_writer() and folder.exists():
-        number = 1
+        lock, number = lock_folder(folder), 1
         while (kept := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
         folder.rename(kept)
+        os.close(lock)
     distributed.barrier()
+
+
+def lock_folder(folder: Path) -> int:
+    """Keeps other processes from writing to a folder until the returned file descriptor is closed, or this one dies.
+
+    Raises: InputError if another process has it.
+    """
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        # Not flock: the loader's workers would inherit that, and hold it for seconds after this process was killed.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        raise InputError(f"{folder}: another process is training this stage") from None
+    return descriptor
 
 
 def write_text(path: Path, text: str) -> None:
