@@ -73,12 +73,13 @@ class RunDir:
         stage: name of the stage.
         config: resolved config as plain values.
         classes: class names, which checkpoints carry.
-        source: the checkpoint that the stage starts from, if it does.
+        source: the file of weights that the stage starts from, if it does.
         teacher: the checkpoint that it distills from, if that is another.
+        images: ids of the training images.
         restart: set an earlier beginning of this stage aside, as STAGE.old-1, and begin anew.
 
-    Raises: InputError if the folder holds the same stage of another config, other classes or another source or teacher,
-    or if another training writes there.
+    Raises: InputError if the folder holds the same stage of another config, other classes, images, source or teacher,
+    if another training writes there, or if not all processes find the same files.
     """
 
     def __init__(
@@ -90,16 +91,19 @@ class RunDir:
         *,
         source: Path | None = None,
         teacher: Path | None = None,
+        images: Sequence[str] = (),
         restart: bool = False,
     ) -> None:
         self.stage, self.path, self.config, self.classes = stage, run / stage, config, list(classes)
         sources = [path for path in (source, teacher) if path is not None]
         self.source = " ".join(map(_sha256, sources))
+        self.images = {"count": len(images), "sha256": hashlib.sha256("\n".join(images).encode()).hexdigest()}
         self._writer: SummaryWriter | None = None
         self._saved_at = time.monotonic()
         if restart:
             set_aside(self.path)
         self._lock = self._locked() if distributed.is_writer() else None
+        self._check_same_files()
         if self.last.exists():
             self._check_same_beginning(sources)
             return
@@ -132,8 +136,8 @@ class RunDir:
             return
         if self._writer is not None:
             self._writer.flush()  # what was logged before this checkpoint will not be logged again
-        begun = {"stage": self.stage, "config": self.config, "classes": self.classes, "source": self.source}
-        state = {**begun, **state}
+        begun = {"stage": self.stage, "config": self.config, "classes": self.classes}
+        state = {**begun, "source": self.source, "images": self.images, **state}
         if keep:
             save_checkpoint(self.path / f"epoch_{state['epoch']:04d}.pt", state)
             for old in sorted(self.path.glob("epoch_*.pt"))[:-keep]:
@@ -190,6 +194,12 @@ class RunDir:
             raise InputError(f"{self.path}: cannot be created ({error.strerror})") from None
         return lock_folder(self.path)
 
+    def _check_same_files(self) -> None:
+        """Raises InputError unless this process finds what the writer does: each decides by it where to go on."""
+        found = [self.source, self.images, _sha256(self.last) if self.last.exists() else ""]
+        if distributed.from_writer(found) != found:
+            raise InputError(f"{self.path}: not the files that the first process finds; all need the same folders")
+
     def _check_same_beginning(self, sources: Sequence[Path]) -> None:
         """Raises InputError unless the last checkpoint is of this stage, config, classes and sources."""
         state = load_checkpoint(self.last)
@@ -202,7 +212,10 @@ class RunDir:
             {"stage": self.stage, **_decisive(self.config, self.stage), "classes": self.classes},
         )
         if state.get("source", "") != self.source:
-            changed.append(f"from other checkpoints than {', '.join(map(str, sources))}")
+            changed.append(f"from other weights than {', '.join(map(str, sources)) or 'none'}")
+        images = state.get("images", self.images)  # of before they were recorded
+        if images != self.images:
+            changed.append(f"with other training images: {images['count']} then, {self.images['count']} now")
         if changed:
             raise InputError(
                 f"{self.path}: was begun otherwise ({'; '.join(changed)}); "
@@ -215,6 +228,7 @@ def set_aside(folder: Path) -> None:
 
     Raises: InputError if another training writes there.
     """
+    distributed.barrier()  # others may still look at it
     if distributed.is_writer() and folder.exists():
         lock, number = lock_folder(folder), 1
         while (kept := folder.with_name(f"{folder.name}.old-{number}")).exists():
@@ -252,9 +266,12 @@ def write_text(path: Path, text: str) -> None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     return digest.hexdigest()
 
 

@@ -31,6 +31,7 @@ from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.switchable import calibrate, reestimate_batch_norm
 from instaqnas.ranks import alone, total
 from instaqnas.training import distributed
+from instaqnas.training.checks import quick_preflight
 from instaqnas.training.detector_epoch import Distill, train_detector_epoch
 from instaqnas.training.evaluate import EvalReport, detect, quality_of
 from instaqnas.training.experiment import (
@@ -47,7 +48,6 @@ from instaqnas.training.fit import TrainState, fit
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
 from instaqnas.training.pictures import draw_detections, draw_objects
 from instaqnas.training.policy_epoch import Judge, Outcome, train_policy_epoch
-from instaqnas.training.preflight import quick_preflight
 from instaqnas.training.report import ReportRow, choice_name, format_table, write_report
 from instaqnas.training.run_dir import RunDir, best_checkpoint, set_aside
 from instaqnas.training.runtime import keep_freed_memory
@@ -204,9 +204,16 @@ def run_pretrain(command: Command, build: BuildExperiment = Experiment) -> None:
 
 
 def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
-    run_dir = RunDir(command.run, "pretrain_fp32", experiment.plain, experiment.class_names)
-    detector = experiment.detector(DetectorBits.full_precision())
     pretrained = command.config.pretrain_fp32.pretrained
+    run_dir = RunDir(
+        command.run,
+        "pretrain_fp32",
+        experiment.plain,
+        experiment.class_names,
+        source=Path(pretrained) if pretrained else None,
+        images=experiment.train_image_ids(),
+    )
+    detector = experiment.detector(DetectorBits.full_precision())
     if pretrained and not run_dir.last.exists():
         log.info("%s: %s", pretrained, load_pretrained(detector, pretrained))
     training = DetectorTraining.begin(experiment, run_dir, detector, command.config.pretrain_fp32)
@@ -216,7 +223,14 @@ def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
 
 def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> None:
     settings = command.config.pretrain_quant
-    run_dir = RunDir(command.run, "pretrain_quant", experiment.plain, experiment.class_names, source=source)
+    run_dir = RunDir(
+        command.run,
+        "pretrain_quant",
+        experiment.plain,
+        experiment.class_names,
+        source=source,
+        images=experiment.train_image_ids(),
+    )
     detector = experiment.quantized_detector()
     if not run_dir.last.exists():
         full = experiment.detector(DetectorBits.full_precision())
@@ -253,6 +267,7 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
         experiment.class_names,
         source=source,
         teacher=teacher,
+        images=experiment.train_image_ids(),
         restart=command.restart,
     )
     if not run_dir.last.exists():
@@ -348,6 +363,7 @@ def run_finetune(command: Command, build: BuildExperiment = Experiment) -> None:
         experiment.class_names,
         source=source,
         teacher=teacher,
+        images=experiment.train_image_ids(),
         restart=command.restart,
     )
     detector, policy = experiment.quantized_detector(), experiment.policy()
@@ -439,7 +455,7 @@ def _start(command: Command, build: BuildExperiment, *stages: str) -> Experiment
         torch.set_num_threads(command.config.runtime.threads)
     compile_passes(command.config.runtime.compile)
     experiment = build(command.config)
-    quick_preflight(experiment, command.run, *stages)
+    quick_preflight(experiment, command.run, *stages, restart=command.restart)
     return experiment
 
 

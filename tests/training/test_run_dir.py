@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from instaqnas.errors import InputError
+from instaqnas.training import distributed
 from instaqnas.training.run_dir import RunDir, set_aside
 
 FORK = multiprocessing.get_context("fork")
@@ -52,6 +53,16 @@ def test_a_killed_process_leaves_its_stage_to_the_next_at_once(holder: BaseProce
     holder.kill()
     holder.join()
     RunDir(tmp_path, "finetune", {}, []).close()
+
+
+def test_processes_that_find_other_files_than_the_first_do_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(tmp_path, "finetune", {}, [])
+    run_dir.close()
+    monkeypatch.setattr(distributed, "from_writer", lambda found: [*found[:-1], "sha256 of a checkpoint"])
+    with pytest.raises(InputError, match=r"/finetune: not the files that the first process finds"):
+        RunDir(tmp_path, "finetune", {}, [])
 
 
 def test_a_stage_that_has_ended_can_be_set_aside(tmp_path: Path) -> None:
