@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,11 +23,25 @@ def world_size() -> int:
 
 def total(values: Tensor) -> Tensor:
     """The sum of `values` over all processes, from which gradients flow back to each of them."""
-    if world_size() == 1:
-        return values
-    from torch.distributed.nn.functional import all_reduce  # not there in a build of torch without torch.distributed
+    return values if world_size() == 1 else _Total.apply(values)
 
-    return all_reduce(values)
+
+class _Total(torch.autograd.Function):
+    """Each process's share goes into the sum that every process has, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(_ctx: Any, values: Tensor) -> Tensor:
+        return _all_reduced(values)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return _all_reduced(gradient)
+
+
+def _all_reduced(values: Tensor) -> Tensor:
+    values = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(values)
+    return values
 
 
 @contextlib.contextmanager

@@ -5,15 +5,17 @@
 Each stage runs once undisturbed and, for each number of loader processes, once with `--kills` kills, of which
 `--in-save` fall while a checkpoint is being written. After each a new process gets the same command. Compared are the
 sha256 of the networks, optimizers, scheduler, counters and sums of the last checkpoint and of the best one, and that of
-metrics.jsonl. Then, to see that the comparison can fail, the search is resumed from checkpoints that have each lost one
-of these.
+metrics.jsonl. Without worker processes every step is saved, with them only some are, and the others are repeated. Then,
+to see that the comparison can fail, the search is resumed from checkpoints that have each lost one of these.
 
-Exit status 1 if anything differs that must not, or does not that must.
+Exit status 1 if anything differs that must not, or does not that must; or if no kill of a search came in an epoch of
+the policy, or none in one of the detector, or fewer than 10 in all while saving.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -57,6 +59,9 @@ runtime: {{compile: off, threads: 1}}
 """
 STAGES = ("pretrain_fp32", "pretrain_quant", "search", "finetune")
 STATE = ("networks", "optimizers", "scheduler", "multiplier", "epoch", "best_map", "metrics", "running")
+STEPS = {"pretrain_fp32": 12, "pretrain_quant": 12, "search": 24, "finetune": 12}  # of all three epochs
+LEAST_IN_SAVE = 10  # kills
+STEPS_UNSAVED = 2.5  # about, where not every step is saved
 # What a checkpoint of the search loses, each on its own.
 LOSSES: dict[str, Callable[[dict[str, Any]], None]] = {
     "moments of the detector's optimizer": lambda state: state["optimizers"]["detector"].update(state={}),
@@ -71,7 +76,7 @@ LOSSES: dict[str, Callable[[dict[str, Any]], None]] = {
 
 @dataclass(frozen=True)
 class Kill:
-    """A kill: in which pass over the data it came, and whether a checkpoint was being written."""
+    """A kill: in which pass over the data the last checkpoint was, and whether another was being written."""
 
     passing: str
     in_save: bool
@@ -83,11 +88,12 @@ def fingerprint(stage: Path) -> dict[str, str]:
     for name in ("last.pt", "best.pt"):
         if (stage / name).exists():
             state = load_checkpoint(stage / name)
-            found |= {f"{name} {key}": _sha256(state[key]) for key in STATE}
+            found |= {f"{name} {key}": sha256_of(state[key]) for key in STATE}
     return found
 
 
-def _sha256(value: Any) -> str:
+def sha256_of(value: Any) -> str:
+    """That of nested plain values and tensors, their types and shapes included."""
     digest = hashlib.sha256()
     for path, leaf in _leaves(value):
         if isinstance(leaf, Tensor):
@@ -96,6 +102,15 @@ def _sha256(value: Any) -> str:
         else:
             digest.update(f"{path}: {leaf!r}".encode())
     return digest.hexdigest()
+
+
+def half_written(stage: Path) -> dict[str, int]:
+    """When each checkpoint that is being written, or was when its process was killed, got its last bytes."""
+    found = {}
+    for name in ("last", "best"):
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = (stage / f".{name}.pt.tmp").stat().st_mtime_ns
+    return found
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -133,12 +148,15 @@ class Trainings:
         while True:
             run, done = self._new_run(stage), []
             while len(done) < kills:
+                before = half_written(run / stage)
                 process = self._start(stage, run, workers)
                 left, wanted = kills - len(done), in_save - sum(kill.in_save for kill in done)
                 if self.random.random() < wanted / left:
-                    kill = self._kill_in_save(process, run / stage, saves=self.random.randint(1, 3))
+                    is_due = self._in_save(process, run / stage, before, saves=self.random.randint(1, 3))
                 else:
-                    kill = self._kill_after(process, run / stage, first_save + self.random.random() * pause)
+                    process.join(first_save + self.random.random() * pause)
+                    is_due = process.is_alive()
+                kill = self._kill(process, run / stage, before) if is_due else None
                 if kill is None:
                     break
                 done.append(kill)
@@ -165,30 +183,26 @@ class Trainings:
         self._wait(self._start("search", run, workers=0))
         return run / "search"
 
-    def _kill_in_save(self, process: BaseProcess, stage: Path, saves: int) -> Kill | None:
-        """Kills while the `saves`-th checkpoint from now on is being written; None if the process ends before."""
-        temporaries = [str(stage / f".{name}.pt.tmp") for name in ("last", "best")]
-        for temporary in temporaries:
-            Path(temporary).unlink(missing_ok=True)  # of an earlier kill
-        was_there = False
+    @staticmethod
+    def _in_save(process: BaseProcess, stage: Path, before: dict[str, int], saves: int) -> bool:
+        """Waits until the `saves`-th checkpoint from now on is being written; False if the process ends before.
+
+        `before`: `half_written` when it started.
+        """
+        was_saving = False
         while process.is_alive():
-            is_there = any(map(os.path.exists, temporaries))
-            saves -= is_there and not was_there
+            is_saving = bool(half_written(stage).items() - before.items())
+            saves -= is_saving and not was_saving
             if saves == 0:
-                return self._kill(process, stage)
-            was_there = is_there
-        return None
+                return True
+            was_saving = is_saving
+        return False
 
-    def _kill_after(self, process: BaseProcess, stage: Path, seconds: float) -> Kill | None:
-        for name in ("last", "best"):
-            (stage / f".{name}.pt.tmp").unlink(missing_ok=True)
-        process.join(seconds)
-        return self._kill(process, stage) if process.is_alive() else None
-
-    def _kill(self, process: BaseProcess, stage: Path) -> Kill:
+    @staticmethod
+    def _kill(process: BaseProcess, stage: Path, before: dict[str, int]) -> Kill:
         os.killpg(process.pid, signal.SIGKILL)  # with the processes of its loader
         process.join()
-        in_save = any((stage / f".{name}.pt.tmp").exists() for name in ("last", "best"))
+        in_save = bool(half_written(stage).items() - before.items())
         if not (stage / "last.pt").exists():
             return Kill("before the first checkpoint", in_save)
         running = load_checkpoint(stage / "last.pt")["running"]
@@ -208,7 +222,12 @@ class Trainings:
         if not config.exists():
             settings = {"root": self.folder / "shapes", "workers": workers, "pretrain_epochs": self.pretrain_epochs}
             config.write_text(CONFIG.format(**settings))
-        return self._process(function or train, stage, ["--config", str(config), "--run", str(run), "--device", "cpu"])
+        words = ["--config", str(config), "--run", str(run), "--device", "cpu"]
+        if workers:
+            first_save, in_all = self.seconds[stage]
+            seconds = STEPS_UNSAVED * (in_all - first_save) / STEPS[stage]
+            words.append(f"--{stage}.save_minutes={seconds / 60}")
+        return self._process(function or train, stage, words)
 
     def _process(self, function: Callable[..., None], *arguments: Any) -> BaseProcess:
         """A fresh process, forked from one that has imported torch but computed nothing."""
@@ -267,6 +286,15 @@ def differing(first: dict[str, str], second: dict[str, str]) -> list[str]:
     return sorted(key for key in {**first, **second} if first.get(key) != second.get(key))
 
 
+def say_where(killed: list[tuple[str, Kill]]) -> bool:
+    """Says how many kills came where it matters; whether those are too few."""
+    in_save = sum(kill.in_save for _, kill in killed)
+    searching = Counter(kill.passing for stage, kill in killed if stage == "search")
+    policy, detector = searching["policy"], searching["detector"]
+    say(f"all: {in_save} in a save; in the search {policy} in an epoch of the policy, {detector} of the detector")
+    return in_save < LEAST_IN_SAVE or policy == 0 or detector == 0
+
+
 def say(line: str) -> None:
     """One line, at once."""
     sys.stdout.write(f"{line}\n")
@@ -281,7 +309,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of loader processes (0 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    failed = False
+    failed, killed = False, []
     with tempfile.TemporaryDirectory() as folder:
         trainings = Trainings(Path(folder), seed=options.seed)
         for stage in STAGES:
@@ -291,10 +319,12 @@ def main() -> None:
                 left, kills = trainings.disturbed(stage, workers=workers, kills=options.kills, in_save=options.in_save)
                 different = differing(expected, fingerprint(left))
                 failed |= bool(different)
+                killed += [(stage, kill) for kill in kills]
                 where = ", ".join(f"{count} {name}" for name, count in Counter(kill.passing for kill in kills).items())
                 saving = sum(kill.in_save for kill in kills)
                 result = f"DIFFERENT: {', '.join(different)}" if different else "equal"
                 say(f"{stage}, {workers} workers: {len(kills)} kills ({where}), {saving} in a save: {result}")
+        failed |= say_where(killed)
         expected, half = fingerprint(trainings.reference / "search"), trainings.half_a_search()
         for name, lose in LOSSES.items():
             different = differing(expected, fingerprint(trainings.search_with_loss(half, lose)))

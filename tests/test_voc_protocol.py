@@ -13,6 +13,7 @@ import torch
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config import Command, parse_command
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
+from instaqnas.errors import InputError
 from instaqnas.policy.network import PolicyNet, policy_gbitops
 from instaqnas.tools.download_voc import download_voc
 from instaqnas.training.stages import run_eval, run_finetune, run_pretrain, run_search
@@ -63,6 +64,11 @@ def test_the_paper_config_goes_through_all_stages(voc: Path, caplog: pytest.LogC
     assert [row["bits"] for row in rows] == ["fp32", *(f"uniform:w{w}a4" for w in (3, 4, 5)), "random", "policy"]
     assert {row["images"] for row in rows} == {5}  # VOC2007 test
     assert all(0 <= row["map_11pt"] <= 1 for row in rows)
+
+    weights = command("pretrain").config.pretrain_fp32.pretrained
+    torch.save(trained(PytorchSSD(21, WIDTH), seed=1).state_dict(), weights)
+    with pytest.raises(InputError, match=rf"pretrain_fp32: was begun otherwise \(from other weights than {weights}\)"):
+        run_pretrain(command("pretrain"))
 
 
 def test_the_paper_config_has_the_published_settings() -> None:

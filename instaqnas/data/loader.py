@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
 from instaqnas.data.transforms import Sample, SampleTransform
-from instaqnas.data.voc import Annotation, read_image
-from instaqnas.errors import InputError, TrainingError
+from instaqnas.data.voc import Annotation, check_size, read_image
+from instaqnas.errors import InputError
 from instaqnas.seeds import SampleKey, derived_seed
 
 
@@ -194,10 +194,6 @@ class DetectionLoader(DataLoader):
             last_line = str(error).strip().splitlines()[-1]
             prefix = f"{InputError.__module__}.{InputError.__qualname__}: "
             raise InputError(last_line.removeprefix(prefix)) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(f"a worker process that reads images has died: {str(error).splitlines()[0]}") from error
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -252,11 +248,7 @@ def make_loader(
 def _read_pixels(annotation: Annotation) -> np.ndarray:
     pixels = read_image(annotation.image_path)
     height, width = pixels.shape[:2]
-    if (width, height) != (annotation.width, annotation.height):
-        raise InputError(
-            f"{annotation.image_path}: {width} x {height} pixels, but its annotation says "
-            f"{annotation.width} x {annotation.height}"
-        )
+    check_size(annotation, width, height)
     return pixels
 
 

@@ -25,7 +25,7 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from instaqnas.data.voc import check_split, read_class_names
 from instaqnas.errors import InputError, exit_on_input_error
-from instaqnas.training.preflight import GB, free_bytes
+from instaqnas.training.checks import GB, free_bytes
 
 UNPACKED = 1.1  # times the archive: files take whole blocks of a disk
 

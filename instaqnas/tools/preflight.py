@@ -4,7 +4,8 @@ Data: every annotation and every image header of the splits in use. Disk: what t
 stage runs as it will, but for two epochs on a few images, in a temporary run and a process of its own: what fails there
 would fail later, the most memory it takes is that of the stage, and the second epoch tells how long all will take.
 
-The times are those of this machine with nothing else to do, and of one process. Exit status 2 if a stage would fail.
+The times are those of this machine with nothing else to do, and of one process. The memory is that of the process that
+trains; those that read images for it are not in it. Exit status 2 if a stage would fail.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from instaqnas.detector.ssd import DetectorBits, SwitchableSSD
 from instaqnas.errors import InputError, TrainingError, exit_on_input_error
 from instaqnas.policy.bit_config import ChooseBits
 from instaqnas.policy.network import PolicyNet
+from instaqnas.training.checks import GB, STAGES, check_disk, existing_parent, splits_of
 from instaqnas.training.evaluate import EvalReport
 from instaqnas.training.experiment import CACHED_SIDE, Experiment
-from instaqnas.training.preflight import GB, STAGES, check_disk, existing_parent, splits_of
 from instaqnas.training.run_dir import best_checkpoint
 from instaqnas.training.stages import BuildExperiment, run_eval, run_finetune, run_pretrain, run_search
 
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 EPOCHS = 2  # the first compiles, allocates and starts the workers
 STEPS, POLICY_STEPS, EVAL_STEPS = 8, 4, 3  # at least, in each of the epochs
 MOST_NAMED = 10  # objects without area
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
 # --- What is measured -------------------------------------------------------------------------------------------------
@@ -58,7 +60,8 @@ class StageFigures:
     """One stage: its most memory in bytes, and its time in seconds, all of it and by its parts.
 
     `epoch_seconds` is one pass over the training split, in the search that of policy and detector; `evaluation_seconds`
-    one over the val split, in eval over the test split; `startup_seconds` come once.
+    one over the val split, in eval over the test split; `startup_seconds` come once, and so do `batch_norm_seconds`,
+    for the last statistics of BatchNorm.
     """
 
     stage: str
@@ -70,6 +73,7 @@ class StageFigures:
     evaluation_seconds: float
     saves: int
     save_seconds: float
+    batch_norm_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -79,6 +83,7 @@ class StageFigures:
             + self.epochs * self.epoch_seconds
             + self.evaluations * self.evaluation_seconds
             + self.saves * self.save_seconds
+            + self.batch_norm_seconds
         )
 
 
@@ -90,14 +95,15 @@ class Forward:
     images: int
 
 
-def seconds_per_image(passes: Sequence[Forward], workers: int) -> float:
-    """How long an image takes in a loop that begins a forward pass with every batch, all that is done between included.
+def seconds_per_image(passes: Sequence[Forward], burst: int) -> float:
+    """How long an image takes in a loop of forward passes, all that is done between them included.
 
-    Batches that a loader's `workers` decode at once arrive together: what is counted is a multiple of them.
+    `burst`: how many passes the batches give that arrive together, as those do that a loader's workers decode at once;
+    what is counted is a multiple of it.
     """
     steps = len(passes) - 1
-    if steps > workers > 0:
-        steps -= steps % workers
+    if steps > burst:
+        steps -= steps % burst
     return (passes[steps].start - passes[0].start) / sum(forward.images for forward in passes[:steps])
 
 
@@ -114,6 +120,14 @@ def used_images(images: int, batch_size: int) -> int:
 def due(epochs: int, every: int) -> int:
     """How many of the epochs end with something that comes after `every` so many of them, and after the last."""
     return math.ceil(epochs / every)
+
+
+def saves_of(settings: TrainConfig, epoch_seconds: float) -> int:
+    """How many checkpoints a stage writes: those after epochs, and those between them that `save_minutes` asks for."""
+    saves = due(settings.epochs, settings.save_every)
+    if not settings.save_minutes:
+        return saves
+    return saves * (1 + int(settings.save_every * epoch_seconds / 60 / settings.save_minutes))
 
 
 # --- A stage on few images --------------------------------------------------------------------------------------------
@@ -136,7 +150,7 @@ class ShortExperiment(Experiment):
         super().__init__(config)
         self.stage, self.workers = stage, workers
         self.images: dict[tuple[str, ...], int] = {}  # of whole splits, by (*roots, split)
-        self.passes: dict[str, list[Forward]] = {"detector": [], "policy": [], "evaluation": []}
+        self.passes: dict[str, list[Forward]] = {"detector": [], "policy": [], "evaluation": [], "batch_norm": []}
         self.evaluating = False
 
     def annotations(self, roots: Sequence[str], split: str) -> list[Annotation]:
@@ -200,6 +214,8 @@ class ShortExperiment(Experiment):
             images = args[0]
             if module.training and torch.is_grad_enabled():
                 self.passes[name].append(Forward(self._now(), len(images)))
+            elif module.training and self.passes[name]:  # after it has been trained; before, it was calibrated
+                self.passes["batch_norm"].append(Forward(self._now(), len(images)))
             elif self.evaluating and name == "detector" and images.dtype == torch.uint8:  # not to measure its cost
                 self.passes["evaluation"].append(Forward(self._now(), len(images)))
 
@@ -236,9 +252,17 @@ def measure_stage(config: Config, run: Path, stage: str, workers: int) -> StageF
             _run(Command(short_config(config), run), stage, build)
         except Measured:
             pass
-        except torch.OutOfMemoryError as error:
-            raise InputError(f"the GPU has too little memory ({str(error).splitlines()[0]})") from None
+        except (RuntimeError, MemoryError) as error:
+            if not _is_for_want_of_memory(error):
+                raise
+            first_line = str(error).partition("\n")[0]
+            raise InputError(f"there is too little memory ({first_line})") from None
     return _figures(config, run, built[0], start)
+
+
+def _is_for_want_of_memory(error: Exception) -> bool:
+    # On a CPU torch has no class of its own for it.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def short_config(config: Config) -> Config:
@@ -263,7 +287,8 @@ def _figures(config: Config, run: Path, experiment: ShortExperiment, start: floa
     data, stage = config.data, experiment.stage
     memory = _peak_memory(experiment.device) + _uncached_bytes(experiment)
     evaluation = experiment.passes["evaluation"]
-    per_image = seconds_per_image(evaluation, experiment.workers) if evaluation else 0.0
+    burst = max(1, experiment.workers)
+    per_image = seconds_per_image(evaluation, burst) if evaluation else 0.0
     if stage == "eval":
         return StageFigures(
             stage,
@@ -284,7 +309,8 @@ def _figures(config: Config, run: Path, experiment: ShortExperiment, start: floa
     for name, batch_size in batch_sizes.items():
         passes = experiment.passes[name]
         second = passes[len(passes) // EPOCHS :]  # that of the second epoch
-        pace = seconds_per_image(second if len(second) > 1 else passes, experiment.workers)
+        parts = settings.accumulate if name == "detector" else 1
+        pace = seconds_per_image(second if len(second) > 1 else passes, burst * parts)
         epoch_seconds += pace * used_images(experiment.training_images(name), batch_size)
         begun = min(begun, second[0].start)
         warm_up += pace * sum(forward.images for forward in passes[: len(passes) // EPOCHS])
@@ -296,14 +322,25 @@ def _figures(config: Config, run: Path, experiment: ShortExperiment, start: floa
         epoch_seconds=epoch_seconds,
         evaluations=due(settings.epochs, settings.eval_every) if data.val_split else 0,
         evaluation_seconds=per_image * experiment.images_of(data.val_split),
-        saves=due(settings.epochs, settings.save_every),
+        saves=saves_of(settings, epoch_seconds),
         save_seconds=_seconds_of_a_save(run / stage / "last.pt"),
+        batch_norm_seconds=_batch_norm_seconds(experiment, settings),
     )
+
+
+def _batch_norm_seconds(experiment: ShortExperiment, settings: TrainConfig) -> float:
+    """Seconds of the passes that BatchNorm's last statistics come from; 0 where there are none, or a single one."""
+    passes = experiment.passes["batch_norm"]
+    if len(passes) < 2:
+        return 0.0
+    images = used_images(experiment.images_of(experiment.config.data.train_split), settings.batch_size)
+    images = min(images, settings.batch_norm_batches * settings.batch_size)
+    return images * seconds_per_image(passes, max(1, experiment.workers))
 
 
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     # Not resource.getrusage: its maximum starts from that of the parent process.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
@@ -402,9 +439,17 @@ def _in_fresh_process(measure: partial[StageFigures]) -> StageFigures:
             raise InputError("was killed, probably for want of memory") from None
 
 
+def _memory_there(device: torch.device) -> int:
+    """Bytes of memory: what is free on a GPU; what this process may have of that of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
+    return machine if limit == "max" else min(machine, int(limit))
+
+
 def _too_large(stages: Sequence[StageFigures], device: torch.device) -> list[str]:
-    cuda = device.type == "cuda"
-    there = torch.cuda.mem_get_info(device)[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = _memory_there(device)
     return [
         f"{figures.stage}: needs {figures.memory_bytes / GB:.1f} GB of memory, there are {there / GB:.1f} GB"
         for figures in stages

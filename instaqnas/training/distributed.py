@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -88,10 +89,15 @@ def from_writer(value: Any) -> Any:
 
 
 def parallel(network: nn.Module) -> nn.Module:
-    """`network` so that its gradients become the mean over all processes, and its first weights the writer's."""
+    """`network` so that its gradients become the mean over all processes, and its first state the writer's."""
     if world_size() == 1:
         return network
-    return DistributedDataParallel(network, broadcast_buffers=False)  # the statistics of BatchNorm are alike anyway
+    for buffer in network.buffers():
+        dist.broadcast(buffer, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for the argument, 2.6 only this one
+        # From the first state on, the statistics of BatchNorm are alike without being sent.
+        return DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def own(network: nn.Module) -> nn.Module:
@@ -111,11 +117,17 @@ def progress_bar(batches: Any, text: str, done: int = 0) -> tqdm:
 
 @contextlib.contextmanager
 def reporting_lost_processes() -> Iterator[None]:
-    """Raises TrainingError, one line, for what torch says when another process has died or hangs."""
+    """Raises TrainingError, one line, for what torch says when another process has died or hangs.
+
+    That is one of the training, or one that reads images for this one: of its death torch tells by an error wherever
+    the main thread is.
+    """
     try:
         yield
     except RuntimeError as error:
+        first_line = str(error).partition("\n")[0]
+        if "DataLoader worker" in first_line:
+            raise TrainingError(f"a process that reads images has died ({first_line.strip()})") from error
         if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        first_line = str(error).splitlines()[0]
         raise TrainingError(f"another process of this training has died or hangs ({first_line})") from error

@@ -219,6 +219,11 @@ class Experiment:
             self._annotations[key] = read_split(roots, split, self.class_names)
         return self._annotations[key]
 
+    def train_image_ids(self) -> list[str]:
+        """Ids of the training images, in their order."""
+        data = self.config.data
+        return [annotation.image_id for annotation in self.annotations(data.roots, data.train_split)]
+
     @property
     def _eval_transform(self) -> SampleTransform:
         return eval_transform(self.config.detector.image_size)

@@ -6,14 +6,17 @@ RUN/STAGE/best.pt          the best on the val split, where there is one
 RUN/STAGE/epoch_0007.pt    those of the last epochs, as many as `keep_checkpoints` says
 RUN/STAGE/metrics.jsonl    one line per epoch
 RUN/STAGE/tensorboard/     events
+RUN/STAGE/.lock            locked by the process that writes all this
 
 Of several processes that train together one writes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -81,13 +84,14 @@ class RunDir:
         stage: name of the stage.
         config: resolved config as plain values.
         classes: class names, which checkpoints carry.
-        source: the checkpoint that the stage starts from, if it does.
+        source: the file of weights that the stage starts from, if it does.
         teacher: the checkpoint that it distills from, if that is another.
+        images: ids of the training images.
         configuration: names of the bit choices of all positions, where the stage trains under one fixed configuration.
         restart: set an earlier beginning of this stage aside, as STAGE.old-1, and begin anew.
 
-    Raises: InputError if the folder holds the same stage of another config or bit configuration, other classes or
-        another source or teacher.
+    Raises: InputError if the folder holds the same stage of another config or bit configuration, other classes, images,
+    source or teacher, if another training writes there, or if not all processes find the same files.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class RunDir:
         *,
         source: Path | None = None,
         teacher: Path | None = None,
+        images: Sequence[str] = (),
         configuration: Sequence[str] | None = None,
         restart: bool = False,
     ) -> None:
@@ -106,19 +111,18 @@ class RunDir:
         self.configuration = None if configuration is None else list(configuration)
         sources = [path for path in (source, teacher) if path is not None]
         self.source = " ".join(map(file_digest, sources))
+        self.images = {"count": len(images), "sha256": hashlib.sha256("\n".join(images).encode()).hexdigest()}
         self._writer: SummaryWriter | None = None
         self._saved_at = time.monotonic()
         if restart:
             set_aside(self.path)
+        self._lock = self._locked() if distributed.is_writer() else None
+        self._check_same_files()
         if self.last.exists():
             self._check_same_beginning(sources)
             return
         if not distributed.is_writer():
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be created ({error.strerror})") from None
         record = yaml.safe_dump({"config": config, "versions": versions()}, sort_keys=False)
         write_text(self.path / "config.yaml", record)
 
@@ -146,7 +150,7 @@ class RunDir:
             return
         if self._writer is not None:
             self._writer.flush()  # what was logged before this checkpoint will not be logged again
-        names = ("stage", "config", "classes", "source", "configuration")
+        names = ("stage", "config", "classes", "source", "images", "configuration")
         state = {**{name: getattr(self, name) for name in names}, **state}
         if keep:
             save_checkpoint(self.path / f"epoch_{state['epoch']:04d}.pt", state)
@@ -189,9 +193,26 @@ class RunDir:
             self._writer.add_image(name, picture, step)
 
     def close(self) -> None:
-        """Ends the event file."""
+        """Ends the event file, and lets others write here."""
         if self._writer is not None:
             self._writer.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _locked(self) -> int:
+        """Creates the folder and locks it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be created ({error.strerror})") from None
+        return lock_folder(self.path)
+
+    def _check_same_files(self) -> None:
+        """Raises InputError unless this process finds what the writer does: each decides by it where to go on."""
+        found = [self.source, self.images, file_digest(self.last) if self.last.exists() else ""]
+        if distributed.from_writer(found) != found:
+            raise InputError(f"{self.path}: not the files that the first process finds; all need the same folders")
 
     def _check_same_beginning(self, sources: Sequence[Path]) -> None:
         """Raises InputError unless the last checkpoint is of this stage, config, classes and sources."""
@@ -204,7 +225,10 @@ class RunDir:
         now = {"stage": self.stage, **_decisive(self.config, self.stage), "classes": self.classes}
         changed = differences(was, {**now, "configuration": self.configuration})
         if state.get("source", "") != self.source:
-            changed.append(f"from other checkpoints than {', '.join(map(str, sources))}")
+            changed.append(f"from other weights than {', '.join(map(str, sources)) or 'none'}")
+        images = state.get("images", self.images)  # of before they were recorded
+        if images != self.images:
+            changed.append(f"with other training images: {images['count']} then, {self.images['count']} now")
         if changed:
             raise InputError(
                 f"{self.path}: was begun otherwise ({'; '.join(changed)}); "
@@ -213,13 +237,33 @@ class RunDir:
 
 
 def set_aside(folder: Path) -> None:
-    """Renames a folder, if it exists, to FOLDER.old-1, or the first number that is free."""
+    """Renames a folder, if it exists, to FOLDER.old-1, or the first number that is free.
+
+    Raises: InputError if another training writes there.
+    """
+    distributed.barrier()  # others may still look at it
     if distributed.is_writer() and folder.exists():
-        number = 1
+        lock, number = lock_folder(folder), 1
         while (kept := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
         folder.rename(kept)
+        os.close(lock)
     distributed.barrier()
+
+
+def lock_folder(folder: Path) -> int:
+    """Keeps other processes from writing to a folder until the returned file descriptor is closed, or this one dies.
+
+    Raises: InputError if another process has it.
+    """
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        # Not flock: the loader's workers would inherit that, and hold it for seconds after this process was killed.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        raise InputError(f"{folder}: another process is training this stage") from None
+    return descriptor
 
 
 def write_text(path: Path, text: str) -> None:
@@ -236,9 +280,12 @@ def write_text(path: Path, text: str) -> None:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     return digest.hexdigest()
 
 

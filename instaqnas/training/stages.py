@@ -31,6 +31,7 @@ from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.switchable import calibrate, reestimate_batch_norm
 from instaqnas.ranks import alone, total
 from instaqnas.training import distributed
+from instaqnas.training.checks import quick_preflight
 from instaqnas.training.comparison import measured_row, row_names, row_source
 from instaqnas.training.detector_epoch import Distill, train_detector_epoch
 from instaqnas.training.evaluate import EvalReport, detect
@@ -49,7 +50,6 @@ from instaqnas.training.fit import TrainState, fit
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
 from instaqnas.training.pictures import draw_detections, draw_objects
 from instaqnas.training.policy_training import PolicyTraining
-from instaqnas.training.preflight import quick_preflight
 from instaqnas.training.report import format_table, write_report
 from instaqnas.training.rivals import Rivals, fixed_config, fixed_stage, fixed_within
 from instaqnas.training.run_dir import RunDir, section_of, set_aside
@@ -155,8 +155,8 @@ class DetectorTraining:
         """Trains to the end; validates and draws each time under what `choose_bits()` returns.
 
         What may be the result (see `fit`) takes the statistics of BatchNorm from `batch_norm_batches` training batches
-        under the same; 0 leaves them. After that comes `finish`, which is for a stage whose result is its end. `diagnose`
-        as for `fit`.
+        under the same; 0 leaves them. After that comes `finish`, which is for a stage whose result is its end.
+        `diagnose` as for `fit`.
         """
         val_loader = self.experiment.val_loader()
         shown = self.experiment.picture_batch()
@@ -217,9 +217,16 @@ def run_pretrain(command: Command, build: BuildExperiment = Experiment) -> None:
 
 
 def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
-    run_dir = RunDir(command.run, "pretrain_fp32", experiment.plain, experiment.class_names)
-    detector = experiment.detector(DetectorBits.full_precision())
     pretrained = command.config.pretrain_fp32.pretrained
+    run_dir = RunDir(
+        command.run,
+        "pretrain_fp32",
+        experiment.plain,
+        experiment.class_names,
+        source=Path(pretrained) if pretrained else None,
+        images=experiment.train_image_ids(),
+    )
+    detector = experiment.detector(DetectorBits.full_precision())
     if pretrained and not run_dir.last.exists():
         log.info("%s: %s", pretrained, load_pretrained(detector, pretrained))
     training = DetectorTraining.begin(experiment, run_dir, detector, command.config.pretrain_fp32)
@@ -229,7 +236,14 @@ def _pretrain_fp32(experiment: Experiment, command: Command) -> None:
 
 def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> None:
     settings = command.config.pretrain_quant
-    run_dir = RunDir(command.run, "pretrain_quant", experiment.plain, experiment.class_names, source=source)
+    run_dir = RunDir(
+        command.run,
+        "pretrain_quant",
+        experiment.plain,
+        experiment.class_names,
+        source=source,
+        images=experiment.train_image_ids(),
+    )
     detector = experiment.quantized_detector()
     if not run_dir.last.exists():
         check_held_out(experiment, source)
@@ -267,6 +281,7 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
         experiment.class_names,
         source=source,
         teacher=teacher,
+        images=experiment.train_image_ids(),
         restart=command.restart,
     )
     if not run_dir.last.exists():
@@ -336,6 +351,7 @@ def run_finetune(command: Command, build: BuildExperiment = Experiment) -> None:
         experiment.class_names,
         source=source,
         teacher=teacher,
+        images=experiment.train_image_ids(),
         restart=command.restart,
     )
     detector, policy = experiment.adaptive_detector(), experiment.policy()
@@ -371,6 +387,7 @@ def _finetune_fixed(command: Command, build: BuildExperiment) -> None:
         experiment.class_names,
         source=source,
         teacher=teacher,
+        images=experiment.train_image_ids(),
         configuration=rivals.names(configuration),
         restart=command.restart,
     )
@@ -423,7 +440,7 @@ def _start(command: Command, build: BuildExperiment, *stages: str) -> Experiment
         torch.set_num_threads(command.config.runtime.threads)
     compile_passes(command.config.runtime.compile)
     experiment = build(command.config)
-    quick_preflight(experiment, command.run, *stages)
+    quick_preflight(experiment, command.run, *stages, restart=command.restart)
     return experiment
 
 

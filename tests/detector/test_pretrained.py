@@ -103,6 +103,15 @@ def test_an_imagenet_backbone_gives_the_same_features_here(save: Save, build: Ca
     torch.testing.assert_close(last_map(ours, images), features, rtol=1e-5, atol=1e-5)
 
 
+def test_timm_still_uses_these_names() -> None:
+    """With the real package, where it is installed."""
+    timm = pytest.importorskip("timm")
+    real = timm.create_model("mobilenetv1_100", pretrained=False).state_dict()
+    assert {key: value.shape for key, value in TimmMobileNet().state_dict().items()} == {
+        key: value.shape for key, value in real.items()
+    }
+
+
 def test_the_older_format_of_torch_save_is_read(save: Save) -> None:
     state = trained(PytorchSSD(3, 0.25)).state_dict()
     ours = small()

@@ -11,11 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from instaqnas.config import Config, parse_command
+from instaqnas.config import Config, TrainConfig, parse_command
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.errors import InputError
 from instaqnas.tools import preflight as tool
-from instaqnas.tools.preflight import Forward, StageFigures, due, main, seconds_per_image, steps_for, used_images
+from instaqnas.tools.preflight import (
+    Forward,
+    StageFigures,
+    due,
+    main,
+    saves_of,
+    seconds_per_image,
+    steps_for,
+    used_images,
+)
 
 CONFIG = """
 data: {{roots: [{root}], val_split: val, workers: 0}}
@@ -52,8 +61,8 @@ def harm(root: Path, image_id: str) -> None:
     (root / f"JPEGImages/{image_id}.jpg").write_bytes(b"no image")
 
 
-def read(config_file: Path) -> Config:
-    return parse_command("eval", ["--config", str(config_file)]).config
+def read(config_file: Path, *options: str) -> Config:
+    return parse_command("eval", ["--config", str(config_file), *options]).config
 
 
 # --- Times ------------------------------------------------------------------------------------------------------------
@@ -64,15 +73,15 @@ def passes(*starts: float, images: int = 4) -> list[Forward]:
 
 
 def test_seconds_per_image_are_those_between_forward_passes() -> None:
-    assert seconds_per_image(passes(10, 12, 14, 16), workers=0) == 0.5
-    assert seconds_per_image([Forward(0, 4), Forward(2, 2), Forward(3, 1)], workers=0) == 0.5  # the last has no end
+    assert seconds_per_image(passes(10, 12, 14, 16), burst=1) == 0.5
+    assert seconds_per_image([Forward(0, 4), Forward(2, 2), Forward(3, 1)], burst=1) == 0.5  # the last has no end
 
 
 def test_batches_that_arrive_in_bursts_are_counted_in_whole_bursts() -> None:
     # three workers take 6 seconds for a batch each: 2 seconds a batch
-    assert seconds_per_image(passes(6, 6, 6, 12, 12, 12, 18), workers=3) == 0.5
-    assert seconds_per_image(passes(6, 6, 6, 12, 12, 12, 18, 18), workers=3) == 0.5
-    assert seconds_per_image(passes(6, 8), workers=3) == 0.5  # too few to choose
+    assert seconds_per_image(passes(6, 6, 6, 12, 12, 12, 18), burst=3) == 0.5
+    assert seconds_per_image(passes(6, 6, 6, 12, 12, 12, 18, 18), burst=3) == 0.5
+    assert seconds_per_image(passes(6, 8), burst=3) == 0.5  # too few to choose
 
 
 def test_steps_are_whole_bursts_and_one() -> None:
@@ -84,13 +93,23 @@ def test_counts_of_an_epoch() -> None:
     assert [due(epochs, 3) for epochs in (1, 3, 7, 9)] == [1, 1, 3, 3]
 
 
+def test_checkpoints_are_those_of_epochs_and_of_minutes() -> None:
+    def saves(epoch_seconds: float, **settings: float) -> int:
+        return saves_of(TrainConfig(epochs=6, **settings), epoch_seconds)
+
+    assert saves(3000, save_minutes=0) == 6
+    assert saves(590, save_minutes=10) == 6
+    assert saves(1300, save_minutes=10) == 6 * 3
+    assert saves(590, save_minutes=10, save_every=3) == 2 * 3
+
+
 def test_a_stage_takes_what_its_parts_take() -> None:
-    figures = StageFigures("search", 0, 7.0, 10, 100.0, 3, 20.0, 5, 2.0)
-    assert figures.seconds == 7 + 1000 + 60 + 10
+    figures = StageFigures("search", 0, 7.0, 10, 100.0, 3, 20.0, 5, 2.0, 30.0)
+    assert figures.seconds == 7 + 1000 + 60 + 10 + 30
 
 
 @pytest.fixture
-def measure(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], StageFigures]:
+def measure(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageFigures]:
     """Measures a stage by a clock that goes on by one second with every forward pass it notes."""
     seconds = iter(range(10**6))
     monkeypatch.setattr(tool.ShortExperiment, "_now", lambda _self: float(next(seconds)))
@@ -99,10 +118,20 @@ def measure(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tool, "STEPS", 3)
     monkeypatch.setattr(tool, "POLICY_STEPS", 3)
     (tmp_path / "run").mkdir()
-    return lambda stage: tool.measure_stage(read(config_file), tmp_path / "run", stage, 0)
+    return lambda stage, *options: tool.measure_stage(read(config_file, *options), tmp_path / "run", stage, 0)
 
 
-def test_times_of_all_stages_by_a_clock_of_forward_passes(measure: Callable[[str], StageFigures]) -> None:
+def test_parts_of_batches_and_the_last_statistics_of_batch_norm_are_counted(
+    measure: Callable[..., StageFigures],
+) -> None:
+    options = ("--pretrain_quant.accumulate=2", "--pretrain_quant.batch_norm_batches=6")
+    measure("pretrain_fp32")
+    figures = measure("pretrain_quant", *options)
+    assert figures.epoch_seconds == 2 * (50 // 4)  # a second for each part
+    assert figures.batch_norm_seconds == 6
+
+
+def test_times_of_all_stages_by_a_clock_of_forward_passes(measure: Callable[..., StageFigures]) -> None:
     measured = {stage: measure(stage) for stage in STAGES}
     epochs = {stage: (figures.epochs, figures.epoch_seconds) for stage, figures in measured.items()}
     training = 50 // 4  # steps, one second each
@@ -192,6 +221,43 @@ def test_a_stage_that_fails_is_a_problem_and_ends_the_measurement(config_file: P
 def test_a_process_that_is_killed_is_a_problem() -> None:
     with pytest.raises(InputError, match="was killed, probably for want of memory"):
         tool._in_fresh_process(partial(os._exit, 9))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"),
+        tool.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 bytes\nmore"),
+        MemoryError("Unable to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(tool, "_run", fail)
+    monkeypatch.setattr(tool.multiprocessing, "set_start_method", lambda *_args, **_kwargs: None)
+    with pytest.raises(InputError, match=r"^there is too little memory \(.+ 9 bytes\)$"):
+        tool.measure_stage(read(config_file), tmp_path, "search", 0)
+
+
+def test_a_bug_is_not_taken_for_want_of_memory(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "_run", lambda *_: tool.torch.zeros(2) @ tool.torch.zeros(3))
+    monkeypatch.setattr(tool.multiprocessing, "set_start_method", lambda *_args, **_kwargs: None)
+    with pytest.raises(RuntimeError, match="size"):
+        tool.measure_stage(read(config_file), tmp_path, "search", 0)
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "CGROUP_LIMIT", tmp_path / "memory.max")
+    machine = tool._memory_there(tool.torch.device("cpu"))
+    for limit, there in (("max", machine), ("12345", 12345), (str(2 * machine), machine)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert tool._memory_there(tool.torch.device("cpu")) == there
 
 
 def test_a_stage_larger_than_the_memory_is_a_problem() -> None:

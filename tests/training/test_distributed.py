@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import distributed_commands
 import pytest
 import torch
+from kill_and_resume import differing, fingerprint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 import instaqnas.training.experiment as experiment
 import instaqnas.training.stages as stages
@@ -23,6 +28,7 @@ from instaqnas.config import parse_command
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.errors import InputError, TrainingError
 from instaqnas.training import distributed
+from instaqnas.training.stages import DetectorTraining
 
 # Three steps an epoch. SGD, because AdamW makes a whole step of a gradient that is nothing but rounding; and not
 # channels-last, because a CPU rounds BatchNorm's sums more coarsely there.
@@ -32,7 +38,7 @@ detector: {{image_size: 64, width: 0.125}}
 bits: {{choices: [[2, 2], [3, 3], [4, 4]]}}
 policy: {{pool: 4, width: 4}}
 reward: {{name: budget, target_gbitops: 0.115, score_threshold: 0.05}}
-pretrain_fp32: {{epochs: 1, batch_size: 4, optimizer: sgd, lr: 0.00001, clip_grad_norm: 0, ema_decay: 0.5}}
+pretrain_fp32: {{epochs: 1, batch_size: 4, optimizer: sgd, lr: 0.001, ema_decay: 0.5}}
 pretrain_quant: {{{sgd}, sandwich: true}}
 search: {{{sgd}, policy_batch_size: 4, batch_norm_batches: 3}}
 finetune: {{{sgd}, accumulate: 2, distill_weight: 0.5}}
@@ -42,35 +48,35 @@ runtime: {{compile: off, channels_last: false, threads: 1}}
 SGD = "epochs: 1, batch_size: 4, optimizer: sgd, lr: 0.0005, step_size_lr_factor: 0.01"
 STAGES = ("pretrain_fp32", "pretrain_quant", "search", "finetune")
 SPLITS = {"train": 12, "val": 5, "test": 5}
-RUN_COMMANDS = """
-import json, os, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from instaqnas.config import parse_command
-from instaqnas.errors import exit_on_input_error
-from instaqnas.training import stages
-
-Path(sys.argv[1], "process_" + os.environ.get("RANK", "0")).write_text(str(os.getpid()))
-with exit_on_input_error():
-    for stage, words in json.loads(sys.argv[2]):
-        getattr(stages, "run_" + stage)(parse_command(stage, words))
-"""
+# A checkpoint at every step, in a search of two epochs.
+SEARCH_TO_KILL = ("--search.epochs=2", "--search.save_minutes=1e-9")
 MakeWords = Callable[..., list[str]]
+Starts = dict[str, dict[str, dict[str, Tensor]]]  # weights by stage, network and name
 
 
-def run_in_process(commands: list[tuple[str, list[str]]]) -> None:
-    for stage, words in commands:
-        getattr(stages, f"run_{stage}")(parse_command(stage, words))
+def run_in_process(commands: list[tuple[str, list[str]]]) -> Starts:
+    """Runs stages here; returns what each began with."""
+    starts: Starts = {}
+
+    def fit_and_note(training: DetectorTraining, *args, **settings) -> None:
+        starts[training.run_dir.stage] = copy.deepcopy(training.state.state_dict()["networks"])
+        fit(training, *args, **settings)
+
+    fit = DetectorTraining.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "LOG_EVERY", 1)
+        patch.setattr(DetectorTraining, "fit", fit_and_note)
+        for stage, words in commands:
+            getattr(stages, f"run_{stage}")(parse_command(stage, words))
+    return starts
 
 
-def start_two_processes(folder: Path, commands: list[tuple[str, list[str]]]) -> subprocess.Popen[str]:
-    """torchrun on the commands, one after the other; each process writes its id to `folder`/process_RANK."""
-    script = folder / "run_commands.py"
-    script.write_text(RUN_COMMANDS.format(root=str(Path(__file__).parents[2])))
+def run_in_two_processes(commands: list[tuple[str, list[str]]]) -> subprocess.CompletedProcess[str]:
+    """torchrun on the commands, one after the other; see distributed_commands.py."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [sys.executable, *torchrun, str(script), str(folder), json.dumps(commands)]
+    words = [sys.executable, *torchrun, distributed_commands.__file__, json.dumps(commands)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,29 +92,79 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> MakeWords:
     return make
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, words: MakeWords) -> tuple[Path, dict[str, Path]]:
-    """A run of one process with all stages, and for each stage a run in which two processes have done it: the stages
-    before it are those of the one process.
+@dataclass(frozen=True)
+class Runs:
+    """A run of one process with all stages, what each began with, and for each stage a run in which two processes have
+    done it, after the one process had done those before; likewise where the two did not share their gradients.
     """
+
+    alone: Path
+    starts: Starts
+    two: dict[str, Path]
+    unshared: dict[str, Path]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, words: MakeWords) -> Runs:
     alone, folder = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("two")
-    run_in_process([(stage, words(alone)) for stage in ("pretrain", "search", "finetune")])
-    run_in_process([("eval", words(alone, "--bits", "all"))])
+    starts = run_in_process([(stage, words(alone)) for stage in ("pretrain", "search", "finetune")])
+    # One image at a time, here as there: then rounding is the same.
+    run_in_process([("eval", words(alone, "--bits", "all", "--eval.batch_size=1"))])
     two = {stage: folder / stage for stage in (*STAGES, "eval")}
-    for number, run in enumerate(two.values()):
-        for before in STAGES[:number]:
+    unshared = {stage: folder / f"unshared_{stage}" for stage in ("pretrain_quant", "search")}
+    for stage, run in (*two.items(), *unshared.items()):
+        for before in (*STAGES, "eval")[: (*STAGES, "eval").index(stage)]:
             shutil.copytree(alone / before, run / before)
-    commands = [(stage.partition("_")[0], words(run)) for stage, run in two.items() if stage != "eval"]
-    process = start_two_processes(folder, [*commands, ("eval", words(two["eval"], "--bits", "all"))])
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return alone, two
+    shutil.copytree(alone / "pretrain_quant", folder / "undisturbed" / "pretrain_quant")
+    training = {stage: stage.partition("_")[0] for stage in STAGES}
+    commands = [
+        ("check_parallel", [str(folder)]),
+        *((training[stage], words(two[stage])) for stage in STAGES),
+        ("eval", words(two["eval"], "--bits", "all", "--eval.batch_size=2")),
+        ("search", words(folder / "undisturbed", *SEARCH_TO_KILL)),
+        ("forget_gradients_of_others", []),
+        *((training[stage], words(run)) for stage, run in unshared.items()),
+    ]
+    done = run_in_two_processes(commands)
+    assert done.returncode == 0, done.stdout
+    assert "FutureWarning" not in done.stdout
+    return Runs(alone, starts, two, unshared, folder)
+
+
+def moves(runs: Runs, run: Path, stage: str) -> dict[str, Tensor]:
+    """How far the weights of each network have gone in a stage, as one vector.
+
+    Without step sizes, whose way is a few roundings long.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for name, network in load_checkpoint(run / stage / "last.pt")["networks"].items():
+        for key, value in network.items():
+            if value.is_floating_point() and "running" not in key and "quantizer" not in key:
+                found.setdefault(name, []).append((value - runs.starts[stage][name][key]).flatten())
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def deviations(runs: Runs, run: Path, stage: str) -> dict[str, float]:
+    """How far the weights end from where they do in the one process, relative to their way there, by network."""
+    expected, found = moves(runs, runs.alone, stage), moves(runs, run, stage)
+    if stage == "finetune":
+        assert not expected.pop("policy").any()  # frozen
+    return {name: ((found[name] - move).norm() / move.norm()).item() for name, move in expected.items()}
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each step."""
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return [event.value for event in events.Scalars("step/loss")]
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_train_as_one_does(runs: tuple[Path, dict[str, Path]], stage: str) -> None:
-    alone, two = runs[0] / stage, runs[1][stage] / stage
+def test_two_processes_train_as_one_does(runs: Runs, stage: str) -> None:
+    alone, two = runs.alone / stage, runs.two[stage] / stage
+    assert len(losses(two)) == 3
+    assert losses(two) == pytest.approx(losses(alone), rel=1e-5)
     lines = [json.loads((folder / "metrics.jsonl").read_text()) for folder in (alone, two)]
     assert lines[0]["step"] == lines[1]["step"] == 3
     for line in lines:
@@ -121,17 +177,24 @@ def test_two_processes_train_as_one_does(runs: tuple[Path, dict[str, Path]], sta
                 states[1]["networks"][name][key], value, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
             )
     assert states[1]["multiplier"] == pytest.approx(states[0]["multiplier"], rel=1e-5)
+    assert max(deviations(runs, runs.two[stage], stage).values()) < 1e-2
 
 
-def test_two_processes_have_trained_at_all(runs: tuple[Path, dict[str, Path]]) -> None:
-    for before, stage in (("pretrain_quant", "search"), ("search", "finetune")):
-        first, last = (load_checkpoint(runs[1][stage] / name / "last.pt")["networks"] for name in (before, stage))
-        name = "backbone.blocks.3.pointwise.weight"
-        assert (last["detector"][name] - first["detector"][name]).abs().max() > 3e-5
+@pytest.mark.parametrize("stage", ["pretrain_quant", "search"])
+def test_two_processes_that_keep_their_gradients_train_otherwise(runs: Runs, stage: str) -> None:
+    assert min(deviations(runs, runs.unshared[stage], stage).values()) > 0.1
 
 
-def test_two_processes_evaluate_every_image_once_and_report_what_one_does(runs: tuple[Path, dict[str, Path]]) -> None:
-    alone, two = (run / "eval" for run in (runs[0], runs[1]["eval"]))
+def test_every_process_gets_the_state_of_the_first_and_the_sum_of_all(runs: Runs) -> None:
+    for number in (1, 2):
+        found = json.loads((runs.folder / f"parallel_{number - 1}").read_text())
+        state = {"weight": 1, "bias": 1, "running_mean": 1, "running_var": 1, "num_batches_tracked": 1}
+        # 1 + 2 is the sum; each process weighs it with its number, so the gradient of each share is 1 + 2 too
+        assert found == {**state, "total": 3, "gradient": 3, "share": number}
+
+
+def test_two_processes_evaluate_every_image_once_and_report_what_one_does(runs: Runs) -> None:
+    alone, two = (run / "eval" for run in (runs.alone, runs.two["eval"]))
     assert (two / "per_image.csv").read_text() == (alone / "per_image.csv").read_text()
     rows = [json.loads((folder / "report.json").read_text())["rows"] for folder in (alone, two)]
     assert [row["images"] for row in rows[1]] == [5] * 6
@@ -141,33 +204,34 @@ def test_two_processes_evaluate_every_image_once_and_report_what_one_does(runs: 
     assert max(row["map_11pt"] for row in rows[1]) > 0
 
 
-def test_one_of_two_processes_writes(runs: tuple[Path, dict[str, Path]]) -> None:
+def test_one_of_two_processes_writes(runs: Runs) -> None:
     for stage in STAGES:
-        folder = runs[1][stage] / stage
+        folder = runs.two[stage] / stage
         assert len(list((folder / "tensorboard").iterdir())) == 1
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dead", [0, 1])
-def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint(tmp_path: Path, words: MakeWords, dead: int) -> None:
-    options = (
-        "--pretrain_fp32.epochs=100000",
-        "--pretrain_fp32.eval_every=100000",
-        "--pretrain_fp32.save_minutes=1e-9",
-    )
-    process = start_two_processes(tmp_path, [("pretrain", words(tmp_path / "run", *options))])
-    last = tmp_path / "run" / "pretrain_fp32" / "last.pt"
-    while not last.exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    os.kill(int((tmp_path / f"process_{dead}").read_text()), signal.SIGKILL)
-    start = time.monotonic()
-    output, _ = process.communicate()
-    assert time.monotonic() - start < 60
-    assert process.returncode == 1
-    assert "exitcode  : -9" in output
-    assert load_checkpoint(last)["running"]["detector"]["steps"] >= 0
+def test_a_dead_process_ends_the_run_and_the_same_command_goes_on_as_if_nothing_had_been(
+    runs: Runs, tmp_path: Path, words: MakeWords
+) -> None:
+    """One dies in an epoch of the policy, one in an epoch of the detector."""
+    searches = []
+    for dead, saves, passing, steps in ((0, 2, "policy", 2), (1, 4, "detector", 1)):
+        run = tmp_path / f"dead_{dead}"
+        shutil.copytree(runs.alone / "pretrain_quant", run / "pretrain_quant")
+        searches.append(("search", words(run, *SEARCH_TO_KILL)))
+        done = run_in_two_processes([("die_after_saves", [str(dead), str(saves)]), searches[-1]])
+        last = run / "search" / "last.pt"
+        assert time.time() - last.stat().st_mtime < 60  # its death came with the last checkpoint
+        assert done.returncode == 1
+        assert "exitcode  : -9" in done.stdout
+        assert load_checkpoint(last)["running"][passing]["steps"] == steps
+    done = run_in_two_processes(searches)
+    assert done.returncode == 0, done.stdout
+    undisturbed = fingerprint(runs.folder / "undisturbed" / "search")
+    for dead in (0, 1):
+        assert differing(fingerprint(tmp_path / f"dead_{dead}" / "search"), undisturbed) == []
 
 
 def test_an_error_from_a_lost_process_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -219,6 +225,48 @@ def test_a_full_disk_while_saving_ends_in_one_line_and_keeps_the_last_checkpoint
     assert sorted(path.name for path in (run / "finetune").iterdir() if ".pt" in path.name) == ["last.pt"]
     stages.run_finetune(command)
     assert load_checkpoint(run / "finetune" / "last.pt")["epoch"] == 3
+
+
+def test_a_worker_that_is_killed_ends_in_one_line(
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the main process is busy with something else than its loader."""
+    save, children = RunDir.save, []
+
+    def save_and_kill(run_dir: RunDir, *args, **settings) -> None:
+        save(run_dir, *args, **settings)
+        children.append(multiprocessing.active_children()[0])
+        os.kill(children[0].pid, signal.SIGKILL)
+        time.sleep(60)  # torch's signal handler ends this
+
+    monkeypatch.setattr(RunDir, "save", save_and_kill)
+    run = copy_stages(finished_run, tmp_path / "run", "search")
+    options = ("--data.workers=1", "--finetune.epochs=3", "--finetune.save_minutes=0")
+    with pytest.raises(TrainingError, match=r"^a process that reads images has died \(DataLoader worker .+\)$"):
+        stages.run_finetune(make_command("finetune", run, *options))
+    assert load_checkpoint(run / "finetune" / "last.pt")["epoch"] == 1
+
+
+def test_a_disk_that_takes_no_more_ends_the_script_and_keeps_the_last_checkpoint(
+    finished_run: Path, config_file: Path, tmp_path: Path
+) -> None:
+    """For real, by the limit that the system sets to the size of files: the last checkpoint is just below it."""
+    run, words = copy_stages(finished_run, tmp_path / "run", "search", "finetune"), ["--run", str(tmp_path / "run")]
+    last = run / "finetune" / "last.pt"
+    state = load_checkpoint(last)
+    state["epoch"] = 0
+    checkpoint.save_checkpoint(last, state)
+    before = last.read_bytes()
+    limit = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
+             "sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
+    script = Path(__file__).parents[2] / "finetune.py"
+    words = [sys.executable, "-c", limit, str(len(before) // 2), str(script), "--config", str(config_file), *words]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=script.parent)
+    assert done.returncode == 1
+    assert f"error: {last}: cannot be written (" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert last.read_bytes() == before
+    assert not list(last.parent.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -15,8 +15,8 @@ import instaqnas.training.rivals as rivals_module
 import instaqnas.training.stages as stages
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.errors import InputError
+from instaqnas.training.checks import checkpoint_bytes
 from instaqnas.training.experiment import Experiment
-from instaqnas.training.preflight import checkpoint_bytes
 from instaqnas.training.rivals import Rivals, fixed_config, fixed_stage, further_epochs
 from instaqnas.training.run_dir import best_checkpoint
 

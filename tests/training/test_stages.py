@@ -249,7 +249,8 @@ def test_single_evaluation_does_not_touch_the_comparison(finished_run: Path, mak
 
 
 @pytest.mark.parametrize(
-    "name", ["shapes", "shapes_cliff", "shapes_wide", "shapes_paper", "bccd", "bccd_small", "bccd_cliff", "voc"]
+    "name",
+    ["shapes", "shapes_cliff", "shapes_wide", "shapes_paper", "bccd", "bccd_small", "bccd_cliff", "voc", "voc_paper"],
 )
 def test_shipped_config_is_valid(name: str) -> None:
     assert parse_command("pretrain", ["--config", f"configs/{name}.yaml"]).run == Path("runs") / name
@@ -278,9 +279,34 @@ def test_a_stage_does_not_go_on_after_its_source_has_changed(finished_run: Path,
         state["metrics"] = {"train/loss": 1.0}
         save_checkpoint(run / "pretrain_quant" / name, state)
     with pytest.raises(
-        InputError, match=r"search: was begun otherwise \(from other checkpoints than \S+/best\.pt\).*--restart"
+        InputError, match=r"search: was begun otherwise \(from other weights than \S+/best\.pt\).*--restart"
     ):
         stages.run_search(make_command("search", run))
+
+
+def test_training_in_bfloat16_is_close_to_that_in_float32(finished_run: Path, make_command, tmp_path: Path) -> None:
+    stages.run_pretrain(make_command("pretrain", tmp_path, "--runtime.amp=bf16", "--pretrain_quant.epochs=1"))
+    for stage in ("pretrain_fp32", "pretrain_quant"):
+        lines = [(run / stage / "metrics.jsonl").read_text().splitlines() for run in (finished_run, tmp_path)]
+        exact, found = (json.loads(line[0])["train/loss"] for line in lines)
+        assert found != exact
+        assert found == pytest.approx(exact, rel=0.05)
+        networks = load_checkpoint(tmp_path / stage / "last.pt")["networks"]["detector"]
+        assert all(value.isfinite().all() for value in networks.values())
+
+
+def test_a_stage_does_not_go_on_with_other_training_images(
+    finished_run: Path, make_command, config_file: Path, tmp_path: Path
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "search", "finetune")
+    shutil.copytree(config_file.parent / "shapes", tmp_path / "shapes")
+    split = tmp_path / "shapes" / "ImageSets" / "Main" / "train.txt"
+    ids = split.read_text().split()
+    for changed in (ids[1:], ids[::-1]):
+        split.write_text("\n".join(changed) + "\n")
+        message = f"with other training images: 8 then, {len(changed)} now; take another --run, or --restart"
+        with pytest.raises(InputError, match=message.replace("; ", r"\); ")):
+            stages.run_finetune(make_command("finetune", run, f"--data.roots=[{tmp_path / 'shapes'}]"))
 
 
 @pytest.mark.parametrize(
@@ -463,9 +489,7 @@ def test_a_stage_does_not_go_on_after_its_teacher_has_changed(finished_run: Path
     stages.run_finetune(command)  # as it was: already complete
     state = load_checkpoint(run / "pretrain_fp32" / "best.pt")
     save_checkpoint(run / "pretrain_fp32" / "best.pt", state | {"metrics": {"train/loss": 1.0}})
-    with pytest.raises(
-        InputError, match=r"from other checkpoints than \S+/search/last\.pt, \S+/pretrain_fp32/best\.pt"
-    ):
+    with pytest.raises(InputError, match=r"from other weights than \S+/search/last\.pt, \S+/pretrain_fp32/best\.pt"):
         stages.run_finetune(command)
 
 

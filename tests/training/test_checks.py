@@ -10,8 +10,8 @@ import pytest
 
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.errors import InputError
+from instaqnas.training.checks import check_disk, checkpoint_bytes, disk_needed, quick_preflight, splits_of
 from instaqnas.training.experiment import Experiment
-from instaqnas.training.preflight import check_disk, checkpoint_bytes, disk_needed, quick_preflight, splits_of
 
 TRAINED = ("pretrain_fp32", "pretrain_quant", "search", "finetune")
 
@@ -59,6 +59,7 @@ def test_disk_needed_grows_with_the_files_and_shrinks_with_those_that_are_there(
     (tmp_path / "finetune").mkdir()
     (tmp_path / "finetune" / "last.pt").write_bytes(bytes(one))
     assert disk_needed(parts, tmp_path, ["finetune"]) == 2 * one
+    assert disk_needed(parts, tmp_path, ["finetune"], restart=True) == 3 * one  # what is there will be kept
     assert disk_needed(parts, tmp_path, TRAINED) > disk_needed(parts, tmp_path, ["finetune"]) + one
 
 

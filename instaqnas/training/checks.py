@@ -22,15 +22,17 @@ MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of an optimizer's state for each par
 GB = 1e9
 
 
-def quick_preflight(experiment: Experiment, run: Path, *stages: str) -> None:
+def quick_preflight(experiment: Experiment, run: Path, *stages: str, restart: bool = False) -> None:
     """Reads every annotation and image header that `stages` will use, and compares the disk with their checkpoints.
+
+    `restart`: they will begin anew, and what is there of them will be kept.
 
     Raises: InputError, naming the first file that is wrong, or what the disk lacks.
     """
     for roots, split in splits_of(experiment.config, stages):
         with ThreadPoolExecutor() as pool:
             list(pool.map(check_image_header, experiment.annotations(roots, split)))
-    check_disk(experiment, run, stages)
+    check_disk(experiment, run, stages, restart=restart)
 
 
 def splits_of(config: Config, stages: Sequence[str]) -> list[tuple[list[str], str]]:
@@ -43,19 +45,19 @@ def splits_of(config: Config, stages: Sequence[str]) -> list[tuple[list[str], st
     return [entry for i, entry in enumerate(found) if entry not in found[:i]]
 
 
-def check_disk(experiment: Experiment, run: Path, stages: Sequence[str]) -> tuple[int, int]:
+def check_disk(experiment: Experiment, run: Path, stages: Sequence[str], *, restart: bool = False) -> tuple[int, int]:
     """Bytes that the checkpoints of `stages` still need, and bytes that are free.
 
     Raises: InputError if these are fewer.
     """
-    needed, free = disk_needed(experiment, run, stages), free_bytes(run)
+    needed, free = disk_needed(experiment, run, stages, restart=restart), free_bytes(run)
     if free < needed:
         raise InputError(f"{run}: {needed / GB:.2f} GB of disk are needed for checkpoints, {free / GB:.2f} GB are free")
     return needed, free
 
 
-def disk_needed(experiment: Experiment, run: Path, stages: Sequence[str]) -> int:
-    """Bytes that the checkpoints of `stages` will take beyond those that are there.
+def disk_needed(experiment: Experiment, run: Path, stages: Sequence[str], *, restart: bool = False) -> int:
+    """Bytes that the checkpoints of `stages` will take beyond those that are there; all of them for a `restart`.
 
     A stage has its last one, the best where there is a val split, those it keeps by their epochs, and for a moment one
     more that is being written.
@@ -65,7 +67,7 @@ def disk_needed(experiment: Experiment, run: Path, stages: Sequence[str]) -> int
         size = checkpoint_bytes(experiment, stage)
         keep = getattr(experiment.config, section_of(stage)).keep_checkpoints
         files = 1 + bool(experiment.config.data.val_split) + keep
-        there = sum(path.stat().st_size for path in (run / stage).glob("*.pt"))
+        there = 0 if restart else sum(path.stat().st_size for path in (run / stage).glob("*.pt"))
         total += max(0, files * size - there)
         largest = max(largest, size)
     return total + largest
