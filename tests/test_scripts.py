@@ -163,7 +163,7 @@ def test_quickstart_runs_the_stages_in_order(project: Path) -> None:
         f"pretrain.py {common} --seed 1",
         f"search.py {common} --seed 1",
         f"finetune.py {common} --seed 1",
-        f"eval.py {common} --bits all --seed 1",
+        f"eval.py {common} --bits basic --seed 1",
     ]
     assert result.stdout.count(" s] ") == 6
 

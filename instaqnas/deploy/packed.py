@@ -229,6 +229,8 @@ def load_packed(path: Path) -> IntegerModel:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, zlib.error) as error:
         raise InputError(f"{path}: {where}: not as this program packs it ({error})") from error
     detector.default_boxes_cxcywh = boxes
+    if policy.effort is not None:
+        policy.effort = torch.tensor(effort_of(architecture.bits.choices))
     return IntegerModel(detector.eval(), policy.eval(), class_names, costs, policy_cost)
 
 

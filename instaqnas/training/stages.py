@@ -393,6 +393,7 @@ def _finetune_fixed(command: Command, build: BuildExperiment) -> None:
     )
     detector = experiment.quantized_detector()
     if not run_dir.last.exists():
+        check_held_out(experiment, source)
         load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
     distill = _distillation(experiment, teacher, settings.distill_weight)
     training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
