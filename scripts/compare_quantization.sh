@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Quantized trainings under different settings, all from one full-precision network, same epochs and seed:
+# Quantized trainings under different settings, all from one full-precision network (the best on the val split where the
+# config has one, else the last), same epochs and seed:
 #   scripts/compare_quantization.sh [--config configs/bccd_small.yaml] [overrides]
 # Writes runs/quantization/NAME; repeat it after an interruption.
 set -euo pipefail
@@ -18,11 +19,14 @@ full=$out/shared/pretrain_fp32
 compare() {
   local name=$1 ways=$2 way
   shift 2
-  local words=(--config "$config" --run "$out/$name" --pretrain_quant.distill_weight 0 "$@" ${overrides[@]+"${overrides[@]}"})
+  local init=$full/best.pt
+  [[ -e $init ]] || init=$full/last.pt
+  local words=(--config "$config" --run "$out/$name" --pretrain_quant.distill_weight 0
+    --pretrain_quant.batch_norm_batches 0 "$@" ${overrides[@]+"${overrides[@]}"})
   if [[ $name == shared ]]; then
     .venv/bin/python pretrain.py "${words[@]}"
   else
-    .venv/bin/python pretrain.py "${words[@]}" --init "$full/last.pt"
+    .venv/bin/python pretrain.py "${words[@]}" --init "$init"
   fi
   for way in $ways; do
     [[ -e "$out/$name/eval/${way/:/_}/report.json" ]] || .venv/bin/python eval.py "${words[@]}" --bits "$way"

@@ -21,7 +21,7 @@ ALLOWED = {
     "metrics": {"metrics", *COMMON},
     "detector": {"detector", "quant", *COMMON},
     "policy": {"policy", "quant", *COMMON},
-    "deploy": {"deploy", "detector", "policy", "quant", *COMMON},
+    "deploy": {"deploy", "config", "detector", "policy", "quant", *COMMON},
     "training": {"training", "config", "data", "quant", "metrics", "detector", "policy", *COMMON},
     "tools": {"tools", "deploy", "training", "config", "data", "quant", "metrics", "detector", "policy", *COMMON},
 }

@@ -168,6 +168,19 @@ def test_quickstart_runs_the_stages_in_order(project: Path) -> None:
     assert result.stdout.count(" s] ") == 6
 
 
+@pytest.mark.parametrize("names", [("last.pt",), ("best.pt", "last.pt")])
+def test_all_compared_trainings_start_from_one_network(project: Path, names: tuple[str, ...]) -> None:
+    folder = project / "runs" / "quantization" / "shared" / "pretrain_fp32"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    run(project, "compare_quantization.sh").check_returncode()
+    [shared, *others] = [call for call in calls(project) if call.startswith("pretrain.py")]
+    assert "--init" not in shared  # goes on from its own: the best where there is one, else the last
+    assert len(others) == 13
+    assert all(call.endswith(f" --init runs/quantization/shared/pretrain_fp32/{names[0]}") for call in others)
+
+
 def test_test_script_checks_then_tests(project: Path) -> None:
     run(project, "test.sh", "-x").check_returncode()
     assert calls(project)[3:] == ["-m ruff check .", "-m ruff format --check .", "-m pytest -x"]

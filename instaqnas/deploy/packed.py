@@ -2,8 +2,9 @@
 
 Weights of every choice are integers of their bit-width, packed without gaps and then deflated; nested weights are
 stored once, at the widest bit-width. Beside them stand the rescale of every layer and choice (folded BatchNorm), the
-grids of the inputs, the default boxes, the class names and the policy, so that neither config nor training checkpoint
-is needed. The file is a zip container of `torch.save`, written and checked as training checkpoints are.
+grids of the inputs, the default boxes, the class names, the settings of post-processing and the policy, so that neither
+config nor training checkpoint is needed. The file is a zip container of `torch.save`, written and checked as training
+checkpoints are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
+from instaqnas.config import EvalConfig, from_plain
 from instaqnas.detector.mobilenet import stem_channels
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
@@ -29,7 +31,7 @@ from instaqnas.quant.quantizers import DoReFaWeights, NestedWeights
 from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
 
 STAGE = "packed"
-VERSION = 1
+VERSION = 2
 TABLES = ("step", "lowest", "highest", "scale", "shift")
 
 
@@ -86,7 +88,8 @@ class Architecture:
 class IntegerModel:
     """A detector and its policy, both on integers, in evaluation.
 
-    `class_names` are without background, `costs` of the detector, `policy_gbitops` of one decision.
+    `class_names` are without background, `costs` of the detector, `policy_gbitops` of one decision, `settings` those of
+    post-processing.
     """
 
     detector: SwitchableSSD
@@ -94,6 +97,7 @@ class IntegerModel:
     class_names: tuple[str, ...]
     costs: CostTable
     policy_gbitops: float
+    settings: EvalConfig
 
 
 # --- Bits -------------------------------------------------------------------------------------------------------------
@@ -175,9 +179,16 @@ def _unpacked_layer(layer: SwitchableConv2d, packed: dict[str, Any]) -> IntegerC
 
 
 def save_packed(
-    path: Path, detector: SwitchableSSD, policy: PolicyNet, architecture: Architecture, class_names: Sequence[str]
+    path: Path,
+    detector: SwitchableSSD,
+    policy: PolicyNet,
+    architecture: Architecture,
+    class_names: Sequence[str],
+    settings: EvalConfig,
 ) -> None:
     """Writes the deployment file of a trained detector and policy that `architecture` describes.
+
+    `settings` are those of post-processing.
 
     Raises: InputError if a layer has no integer form (`integer_conv`); TrainingError if the file cannot be written.
     """
@@ -189,9 +200,10 @@ def save_packed(
             "version": VERSION,
             "architecture": _listed(asdict(architecture)),
             "classes": list(class_names),
+            "eval": asdict(settings),
             "default_boxes_cxcywh": detector.default_boxes_cxcywh.cpu(),
             "networks": {
-                kind: {name: _packed_layer(layer, name) for name, layer in _convolutions(network.cpu())}
+                kind: {name: _packed_layer(layer, f"{kind}.{name}") for name, layer in _convolutions(network.cpu())}
                 for kind, network in networks.items()
             },
         },
@@ -226,12 +238,14 @@ def load_packed(path: Path) -> IntegerModel:
         boxes = state["default_boxes_cxcywh"]
         if boxes.shape != detector.default_boxes_cxcywh.shape or boxes.dtype != torch.float32:
             raise ValueError(f"expected float32 {list(detector.default_boxes_cxcywh.shape)}")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, zlib.error) as error:
+        where = "eval"
+        settings = from_plain({"data": {"roots": [str(path)]}, "eval": state["eval"]}).eval  # roots have no default
+    except (InputError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, zlib.error) as error:
         raise InputError(f"{path}: {where}: not as this program packs it ({error})") from error
     detector.default_boxes_cxcywh = boxes
     if policy.effort is not None:
         policy.effort = torch.tensor(effort_of(architecture.bits.choices))
-    return IntegerModel(detector.eval(), policy.eval(), class_names, costs, policy_cost)
+    return IntegerModel(detector.eval(), policy.eval(), class_names, costs, policy_cost, settings)
 
 
 def _convolutions(network: nn.Module) -> list[tuple[str, SwitchableConv2d]]:

@@ -238,14 +238,16 @@ def integer_conv(layer: SwitchableConv2d, name: str) -> IntegerConv2d:
     )
 
 
-def to_integer(network: Network) -> Network:
+def to_integer(network: Network, prefix: str = "") -> Network:
     """A copy of `network` for evaluation whose convolutions compute on integers.
+
+    Messages name a layer by `prefix`, such as `policy.`, and its name in the network.
 
     Raises: InputError as `integer_conv`.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)  # noqa: FBT003
     replace_convolutions(network, {
-        name: integer_conv(layer, name)
+        name: integer_conv(layer, prefix + name)
         for name, layer in network.named_modules()
         if isinstance(layer, SwitchableConv2d)
     })  # fmt: skip

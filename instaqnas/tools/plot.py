@@ -17,17 +17,20 @@ FORMATS = (".png", ".pdf", ".svg")
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """What the plot needs of a report.json: `bits`, `map_11pt` (0 to 1) and `gbitops_total` of every row.
 
-    Raises: InputError if the file is not such a report.
+    Raises: InputError if the file is not such a report, or has no rows.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return [
-            {"bits": row["bits"], **{key: float(row[key]) for key in ("map_11pt", "gbitops_total")}} for row in rows
+        rows = [
+            {"bits": row["bits"], **{key: float(row[key]) for key in ("map_11pt", "gbitops_total")}}
+            for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
         ]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a report.json of eval.py") from error
+    if not rows:
+        raise InputError(f"{path}: has no rows")
+    return rows
 
 
 def joined_rows(reports: Sequence[Path]) -> list[dict[str, Any]]:

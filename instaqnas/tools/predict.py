@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import Command, EvalConfig, parse_command
+from instaqnas.config import Command, EvalConfig
 from instaqnas.data.transforms import eval_transform
 from instaqnas.data.voc import read_image
 from instaqnas.deploy.packed import load_packed
@@ -34,6 +34,7 @@ from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.bit_config import greedy_by
 from instaqnas.policy.network import PolicyNet, policy_gbitops
 from instaqnas.quant.bitops import CostTable
+from instaqnas.tools.arguments import run_command
 from instaqnas.training.evaluate import detect
 from instaqnas.training.experiment import POLICY_STAGES, Experiment, latest_policy_checkpoint, load_network
 from instaqnas.training.pictures import draw_detections
@@ -106,7 +107,7 @@ class Predictor:
         """
         model = load_packed(path)
         parts = (model.detector, model.policy, model.costs, model.policy_gbitops, model.class_names)
-        return Predictor(*parts, EvalConfig(), torch.device("cpu"))
+        return Predictor(*parts, model.settings, torch.device("cpu"))
 
     def predict(self, image: Tensor, score_threshold: float) -> Prediction:
         """What is found on `image`, uint8 RGB [3, H, W] of any size, with at least this score."""
@@ -197,9 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise InputError(f"{(words or overrides)[0]}: not together with --packed, which needs no config")
             run_predict(lambda: Predictor.of_packed(options.packed), options.images, options.score, options.out)
             return
-        command = parse_command("eval", [*words, *overrides])
-        if command.bits != "policy":
-            raise InputError(f"--bits {command.bits}: here the policy chooses the bits; eval.py compares other ways")
+        command = run_command(options, overrides)
         run_predict(lambda: Predictor.of_run(command), options.images, options.score, options.out)
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Profile:
     `layers` are the convolutions of the detector, with the config's bit choices and the parameters of full precision,
     `positions` the names of those that the policy controls; `uniform_gbitops` is the cost of the detector with all
     positions at one choice, by the name of the choice. `nested`: the weights of all choices are stored as one.
+    `configuration` is the number of each position's choice, by its name, if one bit configuration is looked at.
     """
 
     layers: list[LayerCost]
@@ -44,15 +45,38 @@ class Profile:
     nested: bool
     uniform_gbitops: dict[str, float]
     policy_layers: list[LayerCost]
+    configuration: dict[str, int] = field(default_factory=dict)
 
-    def weight_bytes(self, layer: LayerCost) -> int:
-        """Bytes of a layer's weights in a packed file, for all its choices, before they are deflated."""
-        each = [layer.weight_bytes(k) for k in range(len(layer.choices))]
-        return max(each) if self.nested else sum(each)
+    def looked_at(self, layer: LayerCost) -> list[int]:
+        """The numbers of a layer's choices: all, or that of the configuration."""
+        if layer.name in self.configuration:
+            return [self.configuration[layer.name]]
+        return list(range(len(layer.choices)))
+
+    def bits(self, layer: LayerCost) -> list[str]:
+        """The names of a layer's choices that are looked at."""
+        return [choice_name(layer.choices[k]) for k in self.looked_at(layer)]
+
+    def gbitops(self, layer: LayerCost) -> list[float]:
+        """GBitOps of a layer at each choice that is looked at."""
+        return [layer.bitops(k) / 1e9 for k in self.looked_at(layer)]
+
+    def weight_bytes(self, layer: LayerCost) -> list[int]:
+        """Bytes of a layer's weights in a packed file, before they are deflated, of each choice that is looked at.
+
+        Nested weights are stored once, at the widest of all choices.
+        """
+        if self.nested:
+            return [max(layer.weight_bytes(k) for k in range(len(layer.choices)))]
+        return [layer.weight_bytes(k) for k in self.looked_at(layer)]
 
     def plain(self) -> dict[str, Any]:
-        """Totals as plain values: MACs, parameters and GBitOps of the detector, and apart from them of the policy."""
+        """MACs, parameters and GBitOps of the detector and, apart from them, of the policy; then layer by layer.
+
+        `configuration`, its choices and GBitOps, is there if one is looked at.
+        """
         macs = sum(layer.macs for layer in self.layers)
+        configuration = {"configuration": self._plain_configuration()} if self.configuration else {}
         return {
             "macs": macs,
             "params": sum(layer.params for layer in self.layers),
@@ -65,6 +89,25 @@ class Profile:
                 "macs": sum(layer.macs for layer in self.policy_layers),
                 "gbitops": sum(layer.bitops() for layer in self.policy_layers) / 1e9,
             },
+            "weight_bytes": sum(sum(self.weight_bytes(layer)) for layer in self.layers),
+            "layers": [self._plain_layer(layer) for layer in self.layers],
+            **configuration,
+        }
+
+    def _plain_layer(self, layer: LayerCost) -> dict[str, Any]:
+        return {
+            "name": layer.name,
+            "macs": layer.macs,
+            "params": layer.params,
+            "bits": self.bits(layer),
+            "gbitops": self.gbitops(layer),
+            "weight_bytes": self.weight_bytes(layer),
+        }
+
+    def _plain_configuration(self) -> dict[str, Any]:
+        return {
+            "choices": {layer.name: self.bits(layer)[0] for layer in self.layers if layer.name in self.configuration},
+            "gbitops": sum(layer.bitops(k) for layer in self.layers for k in self.looked_at(layer)) / 1e9,
         }
 
 
@@ -85,7 +128,7 @@ def profile(config: Config, class_names: tuple[str, ...]) -> Profile:
 
 
 def at_configuration(result: Profile, configuration: str) -> Profile:
-    """The profile with the positions at one bit configuration alone.
+    """The profile of one bit configuration.
 
     Args:
         configuration: names of choices such as w3a4, one for all positions or one for each, separated by commas.
@@ -98,15 +141,8 @@ def at_configuration(result: Profile, configuration: str) -> Profile:
         raise InputError(f"--configuration: expected choices of {', '.join(known)}, got {configuration}")
     if len(names) not in (1, len(result.positions)):
         raise InputError(f"--configuration: expected 1 or {len(result.positions)} choices, got {len(names)}")
-    choice_at = dict(zip(result.positions, names * (len(result.positions) // len(names)), strict=True))
-
-    def fixed(layer: LayerCost) -> LayerCost:
-        if layer.name not in choice_at:
-            return layer
-        return replace(layer, choices=(layer.choices[known.index(choice_at[layer.name])],))
-
-    layers = [fixed(layer) for layer in result.layers]
-    return replace(result, layers=layers, uniform_gbitops={configuration: sum(map(LayerCost.bitops, layers)) / 1e9})
+    numbers = [known.index(name) for name in names * (len(result.positions) // len(names))]
+    return replace(result, configuration=dict(zip(result.positions, numbers, strict=True)))
 
 
 def class_names_of(roots: Sequence[str]) -> tuple[str, ...]:
@@ -124,30 +160,31 @@ def class_names_of(roots: Sequence[str]) -> tuple[str, ...]:
 
 
 def format_table(result: Profile) -> str:
-    """A table of all layers in their groups, then the totals; bytes are those of the packed weights of each choice."""
+    """A table of all layers in their groups, then the totals; bytes are those of the weights as packed."""
     lines = [_line("layer", "MACs", "params", "bits", "GBitOps", "bytes")]
     for group, mark in GROUPS.items():
         members = [layer for layer in result.layers if mark in layer.name]
         totals = (f"{sum(layer.macs for layer in members):,}", f"{sum(layer.params for layer in members):,}")
-        lines += ["", _line(group, *totals), *(_layer_line(layer) for layer in members)]
+        lines += ["", _line(group, *totals), *(_layer_line(result, layer) for layer in members)]
     plain = result.plain()
     lines += ["", _line("detector", f"{plain['macs']:,}", f"{plain['params']:,}")]
     gbitops = plain["gbitops"]
     figures = {f"positions {name}": value for name, value in gbitops["uniform"].items()}
+    if result.configuration:
+        figures["configuration"] = plain["configuration"]["gbitops"]
     figures |= {"all w8a8": gbitops["all_8_8"], "all w4a4": gbitops["all_4_4"]}
     lines += [_line("", bits=name, gbitops=f"{value:.4f}") for name, value in figures.items()]
-    weight_bytes = sum(result.weight_bytes(layer) for layer in result.layers)
-    lines.append(_line("", bits="weights as packed", weight_bytes=f"{weight_bytes:,}"))
+    lines.append(_line("", bits="weights as packed", weight_bytes=f"{plain['weight_bytes']:,}"))
     bits = choice_name(result.policy_layers[0].choices[0])
     policy = plain["policy"]
     lines.append(_line("policy", f"{policy['macs']:,}", bits=bits, gbitops=f"{policy['gbitops']:.4f}"))
     return "\n".join(lines)
 
 
-def _layer_line(layer: LayerCost) -> str:
-    bits = " ".join(map(choice_name, layer.choices))
-    gbitops = " ".join(f"{layer.bitops(k) / 1e9:.4f}" for k in range(len(layer.choices)))
-    weight_bytes = " ".join(f"{layer.weight_bytes(k):,}" for k in range(len(layer.choices)))
+def _layer_line(result: Profile, layer: LayerCost) -> str:
+    bits = " ".join(result.bits(layer))
+    gbitops = " ".join(f"{value:.4f}" for value in result.gbitops(layer))
+    weight_bytes = " ".join(f"{value:,}" for value in result.weight_bytes(layer))
     return _line(f"  {layer.name}", f"{layer.macs:,}", f"{layer.params:,}", bits, gbitops, weight_bytes)
 
 
@@ -167,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
-    parser.add_argument("--json", action="store_true", help="print the totals as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--configuration",
         metavar="CHOICES",

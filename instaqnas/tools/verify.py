@@ -7,7 +7,6 @@ and the detections.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from instaqnas.config import parse_command
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD
-from instaqnas.errors import exit_on_input_error
+from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.bit_config import ChooseBits, greedy_by
+from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.integer import EXACT_IN_FLOAT32, IntegerConv2d, exact_weight_bits, to_integer
 from instaqnas.quant.switchable import SwitchableConv2d
+from instaqnas.tools.arguments import run_command, run_parser
 from instaqnas.training.evaluate import detect
 from instaqnas.training.experiment import POLICY_STAGES, Experiment, latest_policy_checkpoint, load_network
 
@@ -67,7 +67,7 @@ class Recorder:
 
     def _keep(self, name: str) -> Callable:
         def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor]) -> None:
-            self.seen[name] = output[0].to(torch.int16)  # whole numbers
+            self.seen[name] = output[0]  # floats: what is no whole number differs from any integer
 
         return hook
 
@@ -123,7 +123,7 @@ def verify(experiment: Experiment, checkpoint: str, random_configurations: int) 
     detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
     load_network(experiment, detector, "detector", checkpoint, stages=POLICY_STAGES)
     load_network(experiment, policy, "policy", checkpoint, stages=POLICY_STAGES)
-    integer, integer_policy = to_integer(detector), to_integer(policy)
+    integer, integer_policy = to_integer(detector, "detector."), to_integer(policy, "policy.")
     results = {"policy": Comparison(), "random": Comparison()}
     loader = experiment.test_loader()
     recorders = [
@@ -141,26 +141,23 @@ def verify(experiment: Experiment, checkpoint: str, random_configurations: int) 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the figures as JSON; exit status 1 if anything differs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m instaqnas.tools.verify",
-        description="Compare integer inference with the fake-quantized networks on the test split.",
-        epilog="Settings can be overridden, such as --data.workers 0.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
-    parser.add_argument("--run", metavar="FOLDER", help="folder of the run (default: runs/<name of FILE>)")
-    parser.add_argument("--init", metavar="CHECKPOINT", help="take this checkpoint instead of the run's latest stage")
+    description = "Compare integer inference with the fake-quantized networks on the test split."
+    parser = run_parser("verify", description, "--data.workers 0")
     parser.add_argument("--random", type=int, default=20, metavar="N", help="random configurations an image (20)")
     options, overrides = parser.parse_known_args(arguments)
-    named = [word for name in ("run", "init") if (value := getattr(options, name)) for word in (f"--{name}", value)]
     with exit_on_input_error():
-        command = parse_command("eval", ["--config", options.config, *named, *overrides, "--device", "cpu"])
+        if options.random < 0:
+            raise InputError(f"--random: expected at least 0, got {options.random}")
+        command = run_command(options, [*overrides, "--device", "cpu"])
+        compile_passes(command.config.runtime.compile)
         checkpoint = command.init or latest_policy_checkpoint(command)
         results = verify(Experiment(command.config), checkpoint, options.random)
     figures = {name: asdict(result) for name, result in results.items()}
     print(
         json.dumps({**figures, "exact_up_to": EXACT_IN_FLOAT32, "weight_bits_of_int_mm": exact_weight_bits()}, indent=1)
     )
+    if options.random == 0:
+        sys.stderr.write("note: --random 0: no random configuration has been compared\n")
     if not all(result.is_equal for result in results.values()):
         sys.exit(1)
 

@@ -84,8 +84,7 @@ class Experiment:
 
     def quantized_detector(self) -> SwitchableSSD:
         """The detector at the bits of the config."""
-        bits = self.config.bits
-        return self.detector(DetectorBits(**{item.name: getattr(bits, item.name) for item in fields(bits)}))
+        return self.detector(detector_bits(self.config))
 
     def adaptive_detector(self) -> SwitchableSSD:
         """The quantized detector for a policy, which chooses its bits; its stem is frozen if the policy looks at it."""
@@ -278,6 +277,11 @@ class Experiment:
             drop_last=training,
             share=(distributed.rank(), world_size()),
         )
+
+
+def detector_bits(config: Config) -> DetectorBits:
+    """The bits of the config as the detector takes them."""
+    return DetectorBits(**{item.name: getattr(config.bits, item.name) for item in fields(config.bits)})
 
 
 def finished_checkpoint(run: Path, stage: str, settings: TrainConfig, script: str) -> Path:

@@ -1,4 +1,4 @@
-"""The four stages: the one place that reads the whole config and builds the parts.
+"""The four stages: what each trains or measures, with the parts that `experiment` builds from the config.
 
 pretrain -> pretrain_fp32, pretrain_quant; search; finetune: all are `fit` around one detector loop, under three ways
 to choose bits: uniformly random, sampled by the policy, greedy by the policy. Finetuning knows a fourth for what the

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
+from instaqnas.config import EvalConfig
 from instaqnas.deploy.packed import Architecture, load_packed, pack_bits, save_packed, unpack_bits
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
@@ -36,6 +37,8 @@ BITS = {
     "dorefa": DetectorBits([(8, 2), (4, 3)], **FIXED, positions="backbone", quantizer="dorefa", weights="separate"),
 }
 BOX_SIZES = {"pact": [(3 + 7 * k, 9 + 8 * k) for k in range(6)]}  # the others have the usual ones
+
+SETTINGS = EvalConfig(batch_size=3, score_threshold=0.2, nms_iou=0.3, candidates_per_class=7, max_detections=5)
 
 State = dict
 
@@ -79,7 +82,7 @@ def trained(name: str) -> tuple[SwitchableSSD, PolicyNet]:
 
 
 def save(path: Path, name: str) -> Path:
-    save_packed(path, *trained(name), architecture(BITS[name]), CLASSES)
+    save_packed(path, *trained(name), architecture(BITS[name]), CLASSES, SETTINGS)
     return path
 
 
@@ -146,6 +149,7 @@ def test_networks_come_back_exactly(name: str, tmp_path: Path) -> None:
     assert torch.equal(model.policy(images), whole_policy(images))
     assert model.policy_gbitops == policy_gbitops(policy, SIDE)
     assert model.class_names == CLASSES
+    assert model.settings == SETTINGS
     assert model.detector.positions == detector.positions
     assert model.detector.choices == detector.choices
     assert torch.equal(model.detector.default_boxes_cxcywh, detector.default_boxes_cxcywh)
@@ -304,10 +308,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_packed(tmp_path / "none.pt")
 
 
-@pytest.mark.parametrize("changes", [{"stage": "search"}, {"version": 2}, {"version": None}])
+@pytest.mark.parametrize("changes", [{"stage": "search"}, {"version": 1}, {"version": None}])
 def test_other_checkpoints_and_versions_are_refused(packed: Path, tmp_path: Path, changes: dict) -> None:
     message = refusal(packed, tmp_path / "other.pt", lambda state: state.update(changes))
-    assert message.startswith("not a packed file of version 1")
+    assert message.startswith("not a packed file of version 2")
 
 
 SPOILS = {
@@ -385,6 +389,9 @@ def test_a_stream_a_byte_too_long_or_too_short_is_refused(packed_nested: Path, t
         (lambda state: state["architecture"].update(depth=3), "depth"),
         (lambda state: state["architecture"]["bits"].update(positions="some"), "some"),
         (lambda state: state["classes"].append("more"), "bytes for"),
+        (lambda state: state.pop("eval"), "'eval'"),
+        (lambda state: state["eval"].update(nms_iou=2.0), "eval.nms_iou: expected a number from 0 to 1, got 2.0"),
+        (lambda state: state["eval"].update(depth=3), "unknown key eval.depth"),
         (lambda state: state.update(default_boxes_cxcywh=state["default_boxes_cxcywh"][1:]), "expected float32 [144"),
         (lambda state: state.update(default_boxes_cxcywh=state["default_boxes_cxcywh"].double()), "expected float32"),
     ],
@@ -416,6 +423,6 @@ def test_an_uncalibrated_network_is_not_packed(tmp_path: Path) -> None:
     detector, policy = map(copy.deepcopy, trained("nested"))
     with torch.no_grad():
         policy.head.input_quantizer.log_step.fill_(torch.nan)
-    with pytest.raises(InputError, match="^head: not calibrated"):
-        save_packed(tmp_path / "packed.pt", detector, policy, architecture(BITS["nested"]), CLASSES)
+    with pytest.raises(InputError, match=r"^policy\.head: not calibrated"):
+        save_packed(tmp_path / "packed.pt", detector, policy, architecture(BITS["nested"]), CLASSES, SETTINGS)
     assert list(tmp_path.iterdir()) == []

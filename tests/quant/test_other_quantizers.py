@@ -67,6 +67,40 @@ def test_inputs_become_at_most_2_to_the_bits_integers_one_step_apart(name: str, 
         assert (levels.flatten().diff() >= 0).all()  # monotone
 
 
+def levels_by_hand(name: str, bits: int, *, signed: bool, zero_point: float = 0.0) -> Tensor:
+    """All levels of a grid of inputs, in order."""
+    if not signed:
+        lowest, highest = 0, 2**bits - 1
+    elif name in ("pact", "dorefa"):
+        lowest, highest = 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1
+    else:
+        lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return torch.arange(lowest, highest + 1).double() - zero_point
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_on_the_grid_come_back_unchanged_and_those_beyond_become_its_ends(name: str, signed: bool) -> None:
+    quantizer = calibrated(name, BITS, signed=signed)
+    zeros = quantizer.zero_point.tolist() if name == "lsq_plus" and signed else [0.0] * len(BITS)
+    for k, bits in enumerate(BITS):
+        levels = levels_by_hand(name, bits, signed=signed, zero_point=round(zeros[k]))
+        step = quantizer.grid(1).step[k].item()
+        beyond = torch.tensor([levels[0] - 0.6, levels[0] - 1e3, levels[-1] + 0.6, levels[-1] + 1e3])
+        x = torch.cat([levels, beyond]) * step
+        found = quantizer(x.view(1, 1, 1, -1), torch.tensor([k]))[0].flatten()
+        assert torch.equal(found, torch.cat([levels, levels[[0, 0, -1, -1]]]))
+
+
+def test_dorefa_weights_whose_tanh_is_on_the_grid_become_its_levels() -> None:
+    for bits in BITS:
+        last = 2**bits - 1
+        levels = torch.arange(-last, last + 1, 2).double().view(-1, 1, 1, 1)
+        found, step = DoReFaWeights([bits]).double()((0.9 * levels / last).atanh())
+        assert torch.equal(found[0], levels)
+        assert step.item() == pytest.approx(0.9 / last)
+
+
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_quantizing_a_quantized_input_changes_nothing(name: str, signed: bool) -> None:
@@ -144,18 +178,22 @@ def test_1000_adversarial_steps_leave_step_sizes_positive_and_outputs_finite(nam
 # --- PACT -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_pact_equals_its_paper_in_values_and_gradients(bits: int) -> None:
+def test_pact_equals_its_paper_in_values_and_gradients(bits: int, signed: bool) -> None:
     alpha = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
-    x = sample(1, signed=False, seed=bits).requires_grad_()
+    x = sample(1, signed=signed, seed=bits).requires_grad_()
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
-    # equation 1, and the gradients of equation 3: 1 to alpha where x is clipped, else 0
+    # equation 1, and the gradients of equation 3: 1 to alpha where x is clipped, else 0; signed, -1 where it is below
     clipped = torch.where(x < alpha, x, alpha.expand_as(x))
-    scale = (2**bits - 1) / alpha.detach()
+    if signed:
+        clipped = torch.where(x > -alpha, clipped, -alpha.expand_as(x))
+        assert (x < -alpha).any()
+    scale = (2 ** (bits - signed) - 1) / alpha.detach()
     expected = clipped + ((clipped * scale).round() / scale - clipped).detach()
     expected.backward(upstream)
 
-    quantizer = PactActivations([bits], signed=False).double()
+    quantizer = PactActivations([bits], signed=signed).double()
     with torch.no_grad():
         quantizer.log_alpha.fill_(alpha.log())
     own = x.detach().clone().requires_grad_()
@@ -197,19 +235,21 @@ def test_dorefa_weights_equal_the_paper_up_to_their_constant_range(bits: int) ->
     assert torch.equal(levels.detach().remainder(2), torch.ones_like(levels))  # odd integers
 
 
+@pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_dorefa_activations_are_clamped_to_one_and_rounded(bits: int) -> None:
-    x = sample(1, signed=False, seed=bits).requires_grad_()
-    last = 2**bits - 1
-    expected = round_straight_through(x.clamp(0, 1) * last) / last
-    expected.sum().backward()
+def test_dorefa_activations_are_clamped_to_one_and_rounded(bits: int, signed: bool) -> None:
+    x = sample(1, signed=signed, seed=bits).requires_grad_()
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
+    last = 2 ** (bits - signed) - 1
+    expected = round_straight_through(x.clamp(-1 if signed else 0, 1) * last) / last
+    expected.backward(upstream)
     own = x.detach().clone().requires_grad_()
-    levels, step = DoReFaActivations([bits], signed=False).double()(own, None)
-    (levels * step).sum().backward()
+    levels, step = DoReFaActivations([bits], signed=signed).double()(own, None)
+    (levels * step).backward(upstream)
     torch.testing.assert_close(levels * step, expected)
-    inside = (x > 0) & (x < 1)  # torch gives clamp's end points a gradient of its own
-    torch.testing.assert_close(own.grad[inside], x.grad[inside])
-    assert (own.grad[x > 1] == 0).all()
+    elsewhere = x != 0  # unsigned, an end of the clamp: torch gives those a gradient of its own
+    torch.testing.assert_close(own.grad[elsewhere], x.grad[elsewhere])
+    assert (own.grad[x.abs() > 1] == 0).all()
 
 
 # --- LSQ --------------------------------------------------------------------------------------------------------------
@@ -219,6 +259,32 @@ def test_lsq_has_no_zero_point_where_lsq_plus_has_one() -> None:
     for kind, names in ((LsqActivations, {"log_step"}), (LsqPlusActivations, {"log_step", "zero_point"})):
         assert {name for name, _ in kind([2, 4], signed=True).named_parameters()} == names
         assert {name for name, _ in kind([2, 4], signed=False).named_parameters()} == {"log_step"}
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_lsq_activations_equal_their_paper_in_values_and_gradients(signed: bool) -> None:
+    quantizer = calibrated("lsq", BITS, signed=signed)
+    x, choice = sample(9, signed=signed).requires_grad_(), torch.tensor([6, 0, 3, 3, 1, 2, 4, 5, 0])
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    # equations 1 to 3; the ends of the range count as inside
+    step = quantizer.log_step.detach().exp().requires_grad_()
+    images = []
+    for image, k in zip(x, choice.tolist(), strict=True):
+        lowest, highest = levels_by_hand("lsq", BITS[k], signed=signed)[[0, -1]]
+        position = image / step[k]
+        clipped = torch.where(position < lowest, lowest, torch.where(position > highest, highest, position))
+        images.append(round_straight_through(clipped) * step[k])
+    expected = torch.stack(images)
+    expected.backward(upstream)
+
+    own = x.detach().clone().requires_grad_()
+    found = fake(quantizer, own, choice)
+    found.backward(upstream)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(own.grad, x.grad)
+    # section 2.2, numel of one image; per step, since the logarithm descends
+    factor = torch.tensor([1 / math.sqrt(75 * (2 ** (bits - signed) - 1)) for bits in BITS], dtype=torch.float64)
+    torch.testing.assert_close(quantizer.log_step.grad, step.grad * factor / step.detach())
 
 
 def test_step_sizes_per_channel_equal_one_quantizer_for_each_channel() -> None:

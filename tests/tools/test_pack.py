@@ -135,7 +135,30 @@ def test_other_bits_than_those_of_the_run_are_refused(
     assert not (tmp_path / "packed.pt").exists()
 
 
-def test_a_folder_that_is_not_there_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = tmp_path / "none" / "packed.pt"
-    message = refusal(capsys, 1, folder, "--run", folder / "runs" / "tiny", "--out", path)
-    assert message.startswith(f"error: {path}: cannot be written")
+def test_the_folder_of_the_file_is_made_and_the_data_need_not_be_there(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "packed.pt"
+    pack(folder, "--run", folder / "runs" / "tiny", "--out", path, f"--data.roots=[{tmp_path}/none]")
+    assert list(path.parent.iterdir()) == [path]
+    assert len(load_checkpoint(path)["classes"]) == 8
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_folder_in_the_place_of_the_file_is_refused(folder: Path, out: str, capsys: pytest.CaptureFixture) -> None:
+    message = refusal(capsys, 2, folder, "--run", folder / "runs" / "tiny", "--out", out)
+    assert message == f"error: --out {out}: is a folder, expected a file\n"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instaqnas.tools.pack.Experiment", None)
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "packed.pt"
+    message = refusal(capsys, 2, folder, "--run", folder / "runs" / "tiny", "--out", path)
+    assert message.startswith(f"error: {path}: cannot be written: ")
+
+
+@pytest.mark.parametrize("bits", ["fp32", "uniform:w2a2", "all"])
+def test_other_ways_to_choose_bits_are_refused(folder: Path, bits: str, capsys: pytest.CaptureFixture) -> None:
+    message = refusal(capsys, 2, folder, "--out", "packed.pt", "--bits", bits)
+    assert message == f"error: --bits {bits}: here the policy chooses the bits; eval.py compares other ways\n"

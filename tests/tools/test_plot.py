@@ -73,7 +73,12 @@ def test_file_that_is_no_report_is_named(tmp_path: Path, content: str) -> None:
         read_rows(path)
 
 
-def test_missing_report_and_unknown_format_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_missing_and_empty_reports_and_other_formats_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     missing = str(tmp_path / "none.json")
     assert missing in refusal([missing, "--out", str(tmp_path / "a.png")], capsys)
+    empty = tmp_path / "empty.json"
+    empty.write_text('{"rows": []}')
+    assert f"error: {empty}: has no rows\n" == refusal([str(empty), "--out", str(tmp_path / "a.png")], capsys)
     assert "--out a.docx: expected a name that ends in .png" in refusal([missing, "--out", "a.docx"], capsys)

@@ -255,6 +255,21 @@ def test_a_packed_file_alone_predicts_what_the_run_predicts(
         assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+def test_a_packed_file_keeps_the_settings_of_its_config(
+    predict: Predict, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    image, path = write_photo(tmp_path / "a.jpg", 1), tmp_path / "packed.pt"
+    usual = predict(image, "--score", "0.1")
+    settings = ["--eval.nms_iou=0.2", "--eval.candidates_per_class=6", "--eval.max_detections=4"]
+    expected = predict(image, "--score", "0.1", *settings)
+    assert len(expected[0]["detections"]) == 4 < len(usual[0]["detections"])
+    named = ["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny")]
+    pack.main([*named, "--out", str(path), *settings])
+    capsys.readouterr()
+    main(["--packed", str(path), str(image), "--score", "0.1"])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
+
+
 def packed_refusal(capsys: pytest.CaptureFixture, *words: str | Path) -> str:
     with pytest.raises(SystemExit) as exit_:
         main(list(map(str, words)))
@@ -281,7 +296,7 @@ def test_either_a_config_or_a_packed_file_is_needed(packed: Path, capsys: pytest
 def test_a_training_checkpoint_is_no_packed_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     checkpoint = folder / "runs" / "tiny" / "finetune" / "last.pt"
     message = packed_refusal(capsys, "--packed", checkpoint, write_grey(tmp_path / "a.png", 64, 64))
-    assert message.startswith(f"error: {checkpoint}: not a packed file of version 1; instaqnas.tools.pack writes them")
+    assert message.startswith(f"error: {checkpoint}: not a packed file of version 2; instaqnas.tools.pack writes them")
 
 
 def test_a_policy_on_the_stem_predicts_from_its_run_and_from_a_packed_file(

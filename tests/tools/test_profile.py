@@ -45,7 +45,7 @@ def mobilenet_ssd_params(classes: int) -> int:
 
 
 def test_detector_of_the_paper_has_the_known_macs_and_gbitops(counted: dict) -> None:
-    assert list(counted) == ["macs", "params", "gbitops", "policy"]
+    assert list(counted) == ["macs", "params", "gbitops", "policy", "weight_bytes", "layers"]
     assert counted["macs"] == 1_526_986_688
     assert counted["gbitops"] == {
         "all_8_8": 97.727148032,
@@ -119,11 +119,50 @@ def test_settings_can_be_overridden(capsys: pytest.CaptureFixture) -> None:
 def test_one_configuration_is_counted(capsys: pytest.CaptureFixture) -> None:
     names = ["w5a4", *["w3a4"] * 12]
     main(["--config", str(VOC_CONFIG), "--json", "--configuration", ",".join(names)])
-    gbitops = json.loads(capsys.readouterr().out)["gbitops"]["uniform"]
+    found = json.loads(capsys.readouterr().out)
+    choices = {f"backbone.blocks.{block}.pointwise": name for block, name in enumerate(names)}
     # all at w3a4, and the first pointwise layer, 46.08 million MACs, at two weight bits more
-    assert gbitops == {",".join(names): pytest.approx(42.54570496 + 46.08e6 * 2 * 4 / 1e9)}
-    main(["--config", str(VOC_CONFIG), "--json", "--configuration", "w4a4"])
-    assert json.loads(capsys.readouterr().out)["gbitops"]["uniform"] == {"w4a4": 46.561882112}
+    gbitops = pytest.approx(42.54570496 + 46.08e6 * 2 * 4 / 1e9)
+    assert found["configuration"] == {"choices": choices, "gbitops": gbitops}
+    assert found["gbitops"]["uniform"] == {"w3a4": 42.54570496, "w4a4": 46.561882112, "w5a4": 50.578059264}
+    assert {layer["name"]: layer["bits"] for layer in found["layers"] if layer["name"] in choices} == {
+        name: [choice] for name, choice in choices.items()
+    }
+    main(["--config", str(VOC_CONFIG), "--configuration", "w4a4"])
+    assert ["configuration", "46.5619"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_layers_are_counted_one_by_one(counted: dict) -> None:
+    layers = {layer.pop("name"): layer for layer in counted["layers"]}
+    assert len(layers) == 1 + 26 + 8 + 12
+    assert sum(layer["macs"] for layer in layers.values()) == counted["macs"]
+    assert sum(layer["params"] for layer in layers.values()) == counted["params"]
+    assert sum(sum(layer["weight_bytes"]) for layer in layers.values()) == counted["weight_bytes"]
+    assert layers["backbone.blocks.0.pointwise"] == {  # 150 x 150 outputs of 32 inputs by 64
+        "macs": 46_080_000,
+        "params": 2_176,
+        "bits": ["w3a4", "w4a4", "w5a4"],
+        "gbitops": [0.55296, 0.73728, 0.9216],
+        "weight_bytes": [768, 1024, 1280],
+    }
+
+
+def test_nested_weights_take_the_bytes_of_the_widest_choice_at_any_configuration(capsys: pytest.CaptureFixture) -> None:
+    totals = set()
+    for words in ([], ["--configuration", "w3a4"], ["--configuration", "w5a4"]):
+        main(["--config", str(VOC_CONFIG), "--json", "--bits.weights", "nested", *words])
+        found = json.loads(capsys.readouterr().out)
+        totals.add(found["weight_bytes"])
+        [pointwise] = [layer for layer in found["layers"] if layer["name"] == "backbone.blocks.0.pointwise"]
+        assert pointwise["weight_bytes"] == [1280]  # 2,048 weights of 5 bits
+    assert len(totals) == 1
+    main(["--config", str(VOC_CONFIG), "--json", "--configuration", "w3a4"])
+    [pointwise] = [
+        layer
+        for layer in json.loads(capsys.readouterr().out)["layers"]
+        if layer["name"] == "backbone.blocks.0.pointwise"
+    ]
+    assert pointwise["weight_bytes"] == [768]
 
 
 @pytest.mark.parametrize("configuration", ["w2a2", "w3a4,w4a4", ""])

@@ -25,6 +25,7 @@ SETTINGS = {
     "bits": {"choices": [[2, 3], [4, 4]], "weights": "nested"},
     "policy": {"pool": 4, "width": 4},
     "eval": {"batch_size": 2},
+    "runtime": {"compile": "off"},
 }
 
 
@@ -113,8 +114,8 @@ def test_nothing_differs_where_the_policy_looks_at_the_stem(
 def spoil(monkeypatch: pytest.MonkeyPatch, kind: str, name: str, change: Callable[[IntegerConv2d], None]) -> None:
     """Has one layer of the integer form changed."""
 
-    def spoilt(network: nn.Module) -> nn.Module:
-        network = to_integer(network)
+    def spoilt(network: nn.Module, prefix: str) -> nn.Module:
+        network = to_integer(network, prefix)
         if isinstance(network, SwitchableSSD) == (kind == "detector"):
             change(network.get_submodule(name))
         return network
@@ -181,6 +182,53 @@ def test_a_wrong_integer_is_counted_in_its_layer(
     found = run_verify("--random", "0")
     assert found["status"] == 1
     assert found["policy"]["different_levels"]["policy.blocks.3.shortcut"] == IMAGES
+
+
+def test_half_a_level_too_much_is_counted(run_verify: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cut off as an integer would be the right one."""
+
+    def half_higher(_module: nn.Module, _args: tuple, output: tuple) -> tuple:
+        return output[0] + 0.5 * output[0].sign(), output[1]
+
+    load = verify.load_network
+
+    def spoilt(experiment: Experiment, network: nn.Module, name: str, *args: object, **settings: object) -> None:
+        load(experiment, network, name, *args, **settings)
+        if name == "detector":
+            network.box_heads[0].input_quantizer.register_forward_hook(half_higher)
+
+    monkeypatch.setattr(verify, "load_network", spoilt)
+    found = run_verify("--random", "0")
+    assert found["status"] == 1
+    assert set(found["policy"]["different_levels"]) == {"box_heads.0"}
+
+
+def test_passes_are_compiled_as_the_setting_says_and_no_random_configuration_is_noted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(verify, "compile_passes", modes.append)
+    monkeypatch.setattr(verify, "verify", lambda *_: {})
+    named = ["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny")]
+    verify.main([*named, "--runtime.compile", "on"])
+    assert capsys.readouterr().err == ""
+    verify.main([*named, "--random", "0"])
+    assert capsys.readouterr().err == "note: --random 0: no random configuration has been compared\n"
+    assert modes == ["on", "off"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--random", "-1"], "--random: expected at least 0, got -1"),
+        (["--bits", "random"], "--bits random: here the policy chooses the bits; eval.py compares other ways"),
+    ],
+)
+def test_wrong_options_are_refused(folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        verify.main(["--config", str(folder / "tiny.yaml"), *words])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_an_untrained_run_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -197,7 +197,8 @@ def test_two_processes_evaluate_every_image_once_and_report_what_one_does(runs: 
     alone, two = (run / "eval" for run in (runs.alone, runs.two["eval"]))
     assert (two / "per_image.csv").read_text() == (alone / "per_image.csv").read_text()
     rows = [json.loads((folder / "report.json").read_text())["rows"] for folder in (alone, two)]
-    assert [row["images"] for row in rows[1]] == [5] * 6
+    assert {row["images"] for row in rows[1]} == {5}
+    assert len(rows[1]) == 9
     for first, second in zip(*rows, strict=True):
         del first["checkpoint"], second["checkpoint"]
         assert second == first

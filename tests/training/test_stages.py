@@ -670,7 +670,7 @@ def test_the_negative_loss_is_a_quality_from_one_run_of_the_detector(
         qualities = [float(row["quality"]) for row in csv.DictReader(file)]
     experiment = stages.Experiment(command.config)
     detector = experiment.quantized_detector().eval()
-    source = stages.best_checkpoint(finished_run, "pretrain_quant")
+    source = best_checkpoint(finished_run, "pretrain_quant")
     detector.load_state_dict(load_checkpoint(source)["networks"]["detector"])
     expected = []
     for batch in experiment.test_loader():
@@ -690,7 +690,7 @@ def test_a_policy_on_the_stem_keeps_the_stem_of_pretraining_and_shares_it(
     options = ("--policy.input=stem", "--finetune.batch_norm_batches=2", "--search.ema_decay=0.5")
     stages.run_search(make_command("search", run, *options))
     stages.run_finetune(make_command("finetune", run, *options))
-    before = load_checkpoint(stages.best_checkpoint(run, "pretrain_quant"))["networks"]["detector"]
+    before = load_checkpoint(best_checkpoint(run, "pretrain_quant"))["networks"]["detector"]
     for stage in ("search", "finetune"):
         after = load_checkpoint(run / stage / "last.pt")["networks"]["detector"]
         changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
