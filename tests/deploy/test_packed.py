@@ -166,7 +166,7 @@ def test_a_policy_on_the_stem_comes_back_and_sees_the_stem_of_its_detector(tmp_p
     policy = PolicyNet(len(detector.positions), 3, pool=4, width=4, bits=(6, 8), stem_channels=8, effort=effort)
     settle(policy, lambda: policy(detector.look(images).seen))
     plain = replace(architecture(BITS["lsq_plus"]), policy_input="stem", policy_effort=True)
-    save_packed(tmp_path / "packed.pt", detector, policy, plain, CLASSES)
+    save_packed(tmp_path / "packed.pt", detector, policy, plain, CLASSES, SETTINGS)
     model = load_packed(tmp_path / "packed.pt")
     whole, whole_policy = to_integer(detector), to_integer(policy)
     look, expected = model.detector.look(images), whole.look(images)

@@ -40,6 +40,10 @@ def train_one_step(
     detector = SwitchableSSD(3, bits, image_size=64, width=0.125)
     first = random_batch()
     calibrate(detector, lambda: detector(first.images, fixed(CONFIG)(first.images, KEYS)))
+    with torch.no_grad():
+        for name, parameter in detector.named_parameters():
+            if name.endswith("log_alpha"):
+                parameter -= 4  # PACT learns where it clips
     before = {name: p.detach().clone() for name, p in detector.named_parameters()}
     optimizer = torch.optim.SGD(detector.parameters(), lr=1.0)
     sums = EpochSums()
