@@ -678,7 +678,8 @@ def test_the_negative_loss_is_a_quality_from_one_run_of_the_detector(
             one = slice(image, image + 1)
             with torch.no_grad():
                 output = detector(batch.images[one], torch.ones(1, 13, dtype=torch.int64))
-                expected.append(-sum(detector.loss(output, batch.boxes_xyxy[one], batch.labels[one]).values()).item())
+                mean = sum(detector.loss(output, batch.boxes_xyxy[one], batch.labels[one]).values()).item()
+                expected.append(-mean * detector.targets(batch.boxes_xyxy[one], batch.labels[one]).positives.item())
     assert max(expected) < 0
     assert qualities == pytest.approx(expected, abs=1e-4)
 
