@@ -27,7 +27,7 @@ def mutual_information(probabilities: Tensor) -> Tensor:
     """I(image; choice) = H(mean_n p_n) - mean_n H(p_n) of each position, [L], 0 to log K, for N equally likely images.
 
     0: the position's distribution is the same for all images, whatever its entropy. It is the Jensen-Shannon divergence
-    of the N distributions (Lin, IEEE Trans. Inf. Theory 1991, section IV).
+    of the N distributions (Lin, IEEE Transactions on Information Theory, 1991).
 
     Args:
         probabilities: of the policy, [N, L, K].

@@ -25,7 +25,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
     The baseline of a sample does not depend on it, so the gradient is unbiased; n is at least 2.
 
-    Source: Kool et al., "Buy 4 REINFORCE samples, get a baseline for free!", 2019, equation 8.
+    Source: Kool et al., "Buy 4 REINFORCE samples, get a baseline for free!", ICLR workshop, 2019.
     """
     samples = len(rewards)
     return (rewards - rewards.mean(0)) * samples / (samples - 1)

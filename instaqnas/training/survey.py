@@ -65,7 +65,7 @@ def survey(policy: PolicyNet, detector: SwitchableSSD, loader: DetectionLoader, 
         indices, *columns = map(torch.cat, zip(*(part for own in shares for part in own), strict=True))
         joined = [column[indices.argsort()] for column in columns]
     logits, objects, smallest_side = distributed.from_writer(joined)
-    difficulty = torch.tensor([annotation.difficulty for annotation in loader.dataset.annotations], dtype=torch.float64)
+    difficulty = torch.tensor([a.difficulty for a in loader.dataset.annotations], dtype=torch.float64)
     return Survey(logits, difficulty, objects, smallest_side)
 
 
