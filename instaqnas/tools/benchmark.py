@@ -56,7 +56,7 @@ from instaqnas.quant.integer import to_integer
 from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate
 from instaqnas.seeds import SampleKey, generator, uniform_numbers
 from instaqnas.tools.baselines import EVAL, BaselineSSD, MaskedBranches, TorchConv, judge_in_loops
-from instaqnas.training.evaluate import detect, quality_of
+from instaqnas.training.evaluate import detections_of, quality_of
 from instaqnas.training.runtime import keep_freed_memory
 
 BITS, POLICY, REWARD, SEARCH = BitsConfig(), PolicyConfig(), RewardConfig(), SearchConfig()
@@ -84,9 +84,11 @@ class Settings:
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def judge_batched(network: SwitchableSSD, batch: Batch, choices: Tensor) -> Tensor:
     """Quality [B] under bit configurations [B, L], as the search finds it."""
-    return quality_of(detect(network, batch.images, choices, EVAL), batch, REWARD.quality, EVAL.score_threshold)
+    found = detections_of(network, network(batch.images, choices), EVAL)
+    return quality_of(found, batch, REWARD.quality, EVAL.score_threshold)
 
 
 def switchable(bits: DetectorBits, settings: Settings, images: Tensor) -> SwitchableSSD:
