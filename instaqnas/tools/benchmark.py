@@ -85,6 +85,7 @@ class Settings:
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def judge_batched(network: SwitchableSSD, batch: Batch, choices: Tensor) -> Tensor:
     """Quality [B] under bit configurations [B, L], as the search finds it."""
     found = detections_of(network, network(batch.images, choices), EVAL)
