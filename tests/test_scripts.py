@@ -182,5 +182,6 @@ def test_all_compared_trainings_start_from_one_network(project: Path, names: tup
 
 
 def test_test_script_checks_then_tests(project: Path) -> None:
+    in_processes = "--numprocesses auto --dist loadfile"
     run(project, "test.sh", "-x").check_returncode()
-    assert calls(project)[3:] == ["-m ruff check .", "-m ruff format --check .", "-m pytest -x"]
+    assert calls(project)[3:] == ["-m ruff check .", "-m ruff format --check .", f"-m pytest {in_processes} -x"]

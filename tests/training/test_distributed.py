@@ -218,7 +218,8 @@ def test_a_dead_process_ends_the_run_and_the_same_command_goes_on_as_if_nothing_
 ) -> None:
     """One dies in an epoch of the policy, one in an epoch of the detector."""
     searches = []
-    for dead, saves, passing, steps in ((0, 2, "policy", 2), (1, 4, "detector", 1)):
+    # The one that does not write may die before the other has written the same checkpoint.
+    for dead, saves, passing, steps in ((0, 2, "policy", {2}), (1, 5, "detector", {1, 2})):
         run = tmp_path / f"dead_{dead}"
         shutil.copytree(runs.alone / "pretrain_quant", run / "pretrain_quant")
         searches.append(("search", words(run, *SEARCH_TO_KILL)))
@@ -227,7 +228,7 @@ def test_a_dead_process_ends_the_run_and_the_same_command_goes_on_as_if_nothing_
         assert time.time() - last.stat().st_mtime < 60  # its death came with the last checkpoint
         assert done.returncode == 1
         assert "exitcode  : -9" in done.stdout
-        assert load_checkpoint(last)["running"][passing]["steps"] == steps
+        assert load_checkpoint(last)["running"][passing]["steps"] in steps
     done = run_in_two_processes(searches)
     assert done.returncode == 0, done.stdout
     undisturbed = fingerprint(runs.folder / "undisturbed" / "search")
