@@ -44,7 +44,8 @@ for list in "${lists[@]}"; do
     # Without pip it is what an interrupted or failed `venv` leaves.
     .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
     echo "installing $list into .venv"
-    .venv/bin/python -m pip install --disable-pip-version-check -r "$list"
+    # What is imported is compiled then; compiling all of torch here takes longer than downloading it.
+    .venv/bin/python -m pip install --disable-pip-version-check --no-compile -r "$list"
     cksum <"$list" >"$(stamp_of "$list")"
   fi
 done

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "instaqnas"
-COMMON = {"checkpoint", "errors", "pixels", "ranks", "seeds"}
+COMMON = {"checkpoint", "cpus", "errors", "pixels", "ranks", "seeds"}
 ALLOWED = {
     "errors": set(),
     "checkpoint": {"errors"},
+    "cpus": set(),
     "pixels": set(),
     "ranks": set(),
     "seeds": set(),

@@ -21,6 +21,7 @@ def test_a_search_that_was_killed_and_resumed_ends_as_an_undisturbed_one(trainin
     assert differing(fingerprint(trainings.reference / "search"), fingerprint(left)) == []
 
 
+@pytest.mark.slow
 def test_a_lost_item_of_a_checkpoint_is_noticed(trainings: Trainings) -> None:
     half = trainings.half_a_search()
     expected = fingerprint(trainings.reference / "search")

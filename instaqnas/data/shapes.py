@@ -27,6 +27,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from instaqnas.cpus import available_cpus
 from instaqnas.errors import InputError
 
 SPLITS = ("train", "val", "test")  # the position is part of each image's seed: append, never reorder
@@ -455,7 +456,7 @@ def _write_tree(tree: Path, request: dict) -> None:
 
 def _in_processes(write: Callable[[tuple[str, int]], str], images: list[tuple[str, int]]) -> Iterable[str]:
     """What `write` returns for each image, by as many processes as there are CPUs and as pay."""
-    processes = min(os.cpu_count() or 1, len(images) // IMAGES_PER_PROCESS)
+    processes = min(available_cpus(), len(images) // IMAGES_PER_PROCESS)
     if processes < 2:
         return map(write, images)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:

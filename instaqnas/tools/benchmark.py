@@ -22,7 +22,6 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -42,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from instaqnas.config import BitsConfig, PolicyConfig, RewardConfig, SearchConfig
+from instaqnas.cpus import available_cpus
 from instaqnas.data.loader import Batch, DetectionDataset, make_loader
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.data.transforms import train_transform
@@ -338,7 +338,7 @@ def voc07_records(images: int) -> DetectionRecords:
 
 def loader_throughput(roots: Sequence[str], settings: Settings, repetitions: int) -> dict[str, float]:
     """Images per second of the training loader with full augmentation, and of bare decoding and resizing."""
-    workers = os.cpu_count() or 1
+    workers = available_cpus()
     images = LOADER_BATCHES * workers * settings.batch
     with tempfile.TemporaryDirectory() as folder:
         if not roots:
@@ -394,7 +394,7 @@ def measure(settings: Settings, repetitions: int, names: Sequence[str], roots: S
         "rows": rows,
         "settings": asdict(settings) | {"repetitions": repetitions},
         "machine": {
-            "cpus": os.cpu_count(),
+            "cpus": available_cpus(),
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config import Command, Config, QuantTrainConfig, TrainConfig, completed, differences, to_plain
+from instaqnas.cpus import available_cpus
 from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, collate, load_images, make_loader
 from instaqnas.data.transforms import SampleTransform, eval_transform, flip_transform, train_transform
 from instaqnas.data.voc import Annotation, read_class_names, read_split
@@ -380,7 +380,7 @@ def load_network(
 
 
 def _workers_per_process() -> int:
-    return max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // distributed.processes_of_machine()))
+    return max(1, min(MOST_WORKERS, available_cpus() // distributed.processes_of_machine()))
 
 
 def _batch(dataset: DetectionDataset, indices: Iterable[int]) -> Batch:

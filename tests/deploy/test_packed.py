@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
-from instaqnas.config import EvalConfig
+from instaqnas.config import EvalConfig, parse_command
+from instaqnas.data.voc import VOC_CLASSES
 from instaqnas.deploy.packed import Architecture, load_packed, pack_bits, save_packed, unpack_bits
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy.network import PolicyNet, effort_of, policy_gbitops
 from instaqnas.quant.integer import to_integer
 from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate
+from instaqnas.tools.pack import architecture_of
+from instaqnas.training.experiment import detector_bits
 
 CLASSES = ("disc", "ring", "star")
 SIDE, WIDTH = 64, 0.125
@@ -88,6 +91,25 @@ def save(path: Path, name: str) -> Path:
 
 def convolutions(network: nn.Module) -> dict[str, SwitchableConv2d]:
     return {name: module for name, module in network.named_modules() if isinstance(module, SwitchableConv2d)}
+
+
+# --- Size -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "most"), [("shared", 10_000_000), ("nested", 7_500_000)])
+def test_the_setting_of_the_paper_takes_a_fraction_of_full_precision(tmp_path: Path, weights: str, most: int) -> None:
+    """9.47 million parameters are 37.9 MB in float32. First weights stand for trained ones."""
+    command = parse_command("search", ["--config", "configs/voc_paper.yaml", f"--bits.weights={weights}"])
+    bits = detector_bits(command.config)
+    torch.manual_seed(0)
+    detector = SwitchableSSD(len(VOC_CLASSES) + 1, bits)
+    policy = PolicyNet(len(detector.positions), len(bits.choices), pool=2, width=16, bits=(8, 8))
+    images = torch.randint(0, 256, (4, 3, 300, 300), generator=torch.Generator().manual_seed(0)).byte()
+    settle(detector, lambda: detector(images, random_choices(detector, 4)))
+    settle(policy, lambda: policy(images))
+    save_packed(tmp_path / "packed", detector, policy, architecture_of(command.config), VOC_CLASSES, SETTINGS)
+    assert (tmp_path / "packed").stat().st_size <= most
 
 
 # --- Bits -------------------------------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def test_a_position_is_a_rounded_product_and_a_rounded_sum() -> None:
     assert_levels_are_rounded_twice(inputs)
 
 
+@pytest.mark.slow
 def test_compiled_passes_equal_the_uncompiled_ones() -> None:
     y = torch.randn(3, 4, 150, 150, generator=torch.Generator().manual_seed(0))
     inputs = [y, *tables(3, 4, torch.float32)]
@@ -147,6 +148,7 @@ def test_compiled_passes_equal_the_uncompiled_ones() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 def test_compiled_integer_passes_before_and_in_depthwise_convolutions_are_exact() -> None:
     y, scale, shift, lowest, highest = halfway_positions(2, 16, 45 * 45)
     expected = levels_rounded_twice(y, scale, shift, lowest, highest)

@@ -249,6 +249,7 @@ def result() -> Iterator[dict]:
     compile_passes("off")
 
 
+@pytest.mark.slow
 def test_json_has_all_ratios_and_what_they_are_made_of(result: dict) -> None:
     assert set(RATIOS) | {"metric_seconds_voc07", "loader_vs_decode"} == RATIO_KEYS <= set(result)
     assert all(math.isfinite(result[key]) and result[key] > 0 for key in RATIO_KEYS)
@@ -260,6 +261,7 @@ def test_json_has_all_ratios_and_what_they_are_made_of(result: dict) -> None:
     assert result["machine"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_table_has_a_line_for_every_row_and_ratio(result: dict) -> None:
     lines = format_table(result | {"train_vs_fp32_compiled": None}).splitlines()
     first_words = [line.split()[0] for line in lines]
@@ -268,6 +270,7 @@ def test_table_has_a_line_for_every_row_and_ratio(result: dict) -> None:
     assert lines[first_words.index("train_vs_fp32_compiled")].split() == ["train_vs_fp32_compiled", "-"]
 
 
+@pytest.mark.slow
 def test_peak_memory_is_not_that_of_the_process_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     held = torch.ones(100 * 2**20)  # 400 MiB

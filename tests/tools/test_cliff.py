@@ -67,6 +67,7 @@ def words(folder: Path, *more: str) -> list[str]:
     return ["--config", str(folder / "tiny.yaml"), "--init", init, *more]
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_single_evaluations(folder: Path, capsys: pytest.CaptureFixture) -> None:
     main(words(folder, "--split", "test", "--json"))
     captured = capsys.readouterr()
@@ -116,6 +117,7 @@ def test_figures_are_those_of_single_evaluations(folder: Path, capsys: pytest.Ca
         assert step["rise_per_gbitops"] == pytest.approx(step["loss_rise"] / step["gbitops_saved"])
 
 
+@pytest.mark.slow
 def test_tables_have_a_line_for_every_choice_and_position_and_end_with_the_cliff(
     folder: Path, capsys: pytest.CaptureFixture
 ) -> None:

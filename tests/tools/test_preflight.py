@@ -121,6 +121,7 @@ def measure(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return lambda stage, *options: tool.measure_stage(read(config_file, *options), tmp_path / "run", stage, 0)
 
 
+@pytest.mark.slow
 def test_parts_of_batches_and_the_last_statistics_of_batch_norm_are_counted(
     measure: Callable[..., StageFigures],
 ) -> None:
@@ -131,6 +132,7 @@ def test_parts_of_batches_and_the_last_statistics_of_batch_norm_are_counted(
     assert figures.batch_norm_seconds == 6
 
 
+@pytest.mark.slow
 def test_times_of_all_stages_by_a_clock_of_forward_passes(measure: Callable[..., StageFigures]) -> None:
     measured = {stage: measure(stage) for stage in STAGES}
     epochs = {stage: (figures.epochs, figures.epoch_seconds) for stage, figures in measured.items()}
@@ -156,6 +158,7 @@ def test_times_of_all_stages_by_a_clock_of_forward_passes(measure: Callable[...,
 # --- What is found ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_is_measured_and_nothing_left_behind(config_file: Path, tmp_path: Path, capsys) -> None:
     main(["--config", str(config_file), "--run", str(tmp_path / "runs" / "tiny"), "--json"])
     result = json.loads(capsys.readouterr().out)

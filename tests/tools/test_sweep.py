@@ -124,6 +124,7 @@ def test_pretraining_and_uniform_rivals_run_once_a_seed_and_the_rest_once_a_targ
     assert (config.parent / "run" / "table.md").read_text().count("| policy |") == 2
 
 
+@pytest.mark.slow
 def test_repeated_it_runs_nothing_and_added_targets_run_alone(config: Path, scripts: Path) -> None:
     main(words(config))
     calls(scripts)
@@ -147,6 +148,7 @@ def test_what_failed_is_named_with_its_log_and_goes_on_from_there(
     assert calls(scripts) == [*of_target("0.11"), *of_target("0.112")]
 
 
+@pytest.mark.slow
 def test_with_another_setting_the_stages_are_asked_again(config: Path, scripts: Path) -> None:
     main(words(config, "--targets", "0.11"))
     calls(scripts)
@@ -154,6 +156,7 @@ def test_with_another_setting_the_stages_are_asked_again(config: Path, scripts: 
     assert calls(scripts) == ["pretrain seed0", *ONE_SEED, *of_target("0.11")]
 
 
+@pytest.mark.slow
 def test_what_is_gone_is_made_again_with_all_that_builds_on_it(config: Path, scripts: Path) -> None:
     main(words(config))
     calls(scripts)
@@ -202,6 +205,7 @@ def test_bad_input_is_one_line_before_anything_starts(
     assert not (config.parent / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_real_stages_share_pretraining_and_rivals(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def in_this_process(command: list[str], **_: object) -> subprocess.CompletedProcess:
         stage = Path(command[1]).stem
@@ -222,6 +226,7 @@ def test_the_real_stages_share_pretraining_and_rivals(config: Path, monkeypatch:
     assert (config.parent / "run" / "seed0" / "pretrain_quant" / "sensitivity.json").exists()  # for all targets
 
 
+@pytest.mark.slow
 def test_a_stage_ends_with_the_sweep(config: Path, scripts: Path) -> None:
     (scripts / "pretrain.py").write_text(
         "import os, sys, time\nprint(os.getpid(), flush=True)\nopen(__file__ + '.pid', 'w').write(str(os.getpid()))\n"

@@ -159,6 +159,7 @@ def losses(folder: Path) -> list[float]:
     return [event.value for event in events.Scalars("step/loss")]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_train_as_one_does(runs: Runs, stage: str) -> None:
@@ -180,11 +181,13 @@ def test_two_processes_train_as_one_does(runs: Runs, stage: str) -> None:
     assert max(deviations(runs, runs.two[stage], stage).values()) < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain_quant", "search"])
 def test_two_processes_that_keep_their_gradients_train_otherwise(runs: Runs, stage: str) -> None:
     assert min(deviations(runs, runs.unshared[stage], stage).values()) > 0.1
 
 
+@pytest.mark.slow
 def test_every_process_gets_the_state_of_the_first_and_the_sum_of_all(runs: Runs) -> None:
     for number in (1, 2):
         found = json.loads((runs.folder / f"parallel_{number - 1}").read_text())
@@ -193,6 +196,7 @@ def test_every_process_gets_the_state_of_the_first_and_the_sum_of_all(runs: Runs
         assert found == {**state, "total": 3, "gradient": 3, "share": number}
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_every_image_once_and_report_what_one_does(runs: Runs) -> None:
     alone, two = (run / "eval" for run in (runs.alone, runs.two["eval"]))
     assert (two / "per_image.csv").read_text() == (alone / "per_image.csv").read_text()
@@ -205,6 +209,7 @@ def test_two_processes_evaluate_every_image_once_and_report_what_one_does(runs: 
     assert max(row["map_11pt"] for row in rows[1]) > 0
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_writes(runs: Runs) -> None:
     for stage in STAGES:
         folder = runs.two[stage] / stage
@@ -212,6 +217,7 @@ def test_one_of_two_processes_writes(runs: Runs) -> None:
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_dead_process_ends_the_run_and_the_same_command_goes_on_as_if_nothing_had_been(
     runs: Runs, tmp_path: Path, words: MakeWords

@@ -89,10 +89,16 @@ PRETRAIN_OPTIONS = (
 @pytest.mark.parametrize(
     "script, stages_of_script, options, checkpoints",
     [
-        ("pretrain", ("pretrain_fp32", "pretrain_quant"), PRETRAIN_OPTIONS, 12),
-        ("search", ("search",), SEARCH_OPTIONS, 10),
+        pytest.param("pretrain", ("pretrain_fp32", "pretrain_quant"), PRETRAIN_OPTIONS, 12, marks=pytest.mark.slow),
+        pytest.param("search", ("search",), SEARCH_OPTIONS, 10, marks=pytest.mark.slow),
         ("finetune", ("finetune",), ("--finetune.optimizer=sgd", "--finetune.accumulate=2"), 3),
-        ("finetune", ("finetune_uniform_w2a2",), ("--bits=uniform:w2a2", "--search.epochs=1"), 6),
+        pytest.param(
+            "finetune",
+            ("finetune_uniform_w2a2",),
+            ("--bits=uniform:w2a2", "--search.epochs=1"),
+            6,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["pretrain", "search", "finetune", "fixed"],
 )
@@ -158,6 +164,7 @@ def test_without_save_minutes_there_is_a_checkpoint_an_epoch(
     assert saved == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_are_kept_by_epoch(finished_run: Path, make_command, tmp_path: Path) -> None:
     run = copy_stages(finished_run, tmp_path / "run", "search")
     options = ("--finetune.epochs=4", "--finetune.keep_checkpoints=2", f"--finetune.{EVERY_STEP}")
@@ -247,6 +254,7 @@ def test_a_worker_that_is_killed_ends_in_one_line(
     assert load_checkpoint(run / "finetune" / "last.pt")["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_ends_the_script_and_keeps_the_last_checkpoint(
     finished_run: Path, config_file: Path, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_rival_is_trained_as_long_as_the_adaptive_detector_and_from_no_lower_a
     assert (fixed_config(higher).finetune.lr, fixed_config(higher).finetune.distill_weight) == (0.5, 3.0)
 
 
+@pytest.mark.slow
 def test_epochs_after_pretraining_are_those_of_search_and_finetuning(compared_run: Path) -> None:
     expected = {"pretrain_fp32": 0, "pretrain_quant": 0, "search": 2, "finetune": 3}
     expected |= {"finetune_static": 3, "finetune_uniform_w3a3": 3}
@@ -71,6 +72,7 @@ def test_epochs_after_pretraining_are_those_of_search_and_finetuning(compared_ru
         assert further_epochs(load_checkpoint(best_checkpoint(compared_run, stage))) == epochs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["static", "uniform:w3a3"])
 def test_a_rival_is_the_pretrained_detector_trained_under_its_configuration(
     compared_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: str
@@ -102,6 +104,7 @@ def test_a_rival_is_the_pretrained_detector_trained_under_its_configuration(
         assert all(torch.equal(second["networks"]["detector"][k], v) for k, v in first["networks"]["detector"].items())
 
 
+@pytest.mark.slow
 def test_a_finished_rival_is_complete_and_can_be_restarted(compared_run: Path, make_command, tmp_path: Path) -> None:
     run = copy_run(compared_run, tmp_path / "run", "pretrain_quant", "finetune_uniform_w3a3")
     command = make_command("finetune", run, "--bits", "uniform:w3a3")
@@ -125,12 +128,14 @@ def test_a_rival_needs_what_it_is_found_from(finished_run: Path, make_command, t
         stages.run_finetune(make_command("finetune", run, "--bits", "uniform:w2a2", "--search.distill_weight=1"))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_a_rival_is_as_large_as_foretold(compared_run: Path, make_command) -> None:
     experiment = Experiment(make_command("finetune", compared_run).config)
     real = (compared_run / "finetune_static" / "last.pt").stat().st_size
     assert 0.6 * real < checkpoint_bytes(experiment, "finetune_static") < real
 
 
+@pytest.mark.slow
 def test_a_rival_is_not_a_policy_to_finetune_or_to_evaluate(compared_run: Path, make_command, tmp_path: Path) -> None:
     init = str(compared_run / "finetune_static" / "last.pt")
     with pytest.raises(InputError, match="of stage finetune_static; needed here: search or finetune"):
@@ -142,6 +147,7 @@ def test_a_rival_is_not_a_policy_to_finetune_or_to_evaluate(compared_run: Path, 
 # --- Habits of the policy and the static configuration ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_habits_are_those_of_the_greedy_policy_on_the_val_split(compared_run: Path, make_command) -> None:
     rivals = rivals_of(make_command, compared_run)
@@ -158,6 +164,7 @@ def test_habits_are_those_of_the_greedy_policy_on_the_val_split(compared_run: Pa
     assert Counter(map(tuple, choices))[tuple(rivals.configuration("modal"))] == most
 
 
+@pytest.mark.slow
 def test_without_a_val_split_habits_are_those_on_the_train_split(compared_run: Path, make_command) -> None:
     rivals = rivals_of(make_command, compared_run, "--data.val_split=")
     assert rivals.experiment.tuning_split == "train"
@@ -165,6 +172,7 @@ def test_without_a_val_split_habits_are_those_on_the_train_split(compared_run: P
     assert rivals.habits.frequencies.sum(1).tolist() == [1.0] * 13
 
 
+@pytest.mark.slow
 def test_static_costs_at_most_what_the_policy_costs_with_its_network(compared_run: Path, make_command) -> None:
     record = json.loads((compared_run / "static.json").read_text())
     rivals, rows = rivals_of(make_command, compared_run), rows_of(compared_run)
@@ -179,6 +187,7 @@ def test_static_costs_at_most_what_the_policy_costs_with_its_network(compared_ru
     assert len(found["positions"]) == len(found["among_random"]) == len(found["from_cheapest"]) == 13
 
 
+@pytest.mark.slow
 def test_static_is_searched_for_once_and_sensitivities_are_measured_once_for_all_policies(
     compared_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +210,7 @@ def test_static_is_searched_for_once_and_sensitivities_are_measured_once_for_all
     assert (searched, measured) == ([1, 1], [1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"found_for": '])
 def test_a_damaged_static_configuration_is_named(
     compared_run: Path, make_command, tmp_path: Path, content: str
@@ -214,6 +224,7 @@ def test_a_damaged_static_configuration_is_named(
 # --- The comparison ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_say_which_detector_they_ran_on_and_how_long_it_was_finetuned(compared_run: Path) -> None:
     expected = {
         "fp32": ("pretrain_fp32", 0),
@@ -230,6 +241,7 @@ def test_rows_say_which_detector_they_ran_on_and_how_long_it_was_finetuned(compa
     assert {bits: (Path(row["checkpoint"]).parent.name, row["finetuned"]) for bits, row in rows.items()} == expected
 
 
+@pytest.mark.slow
 def test_random_configurations_with_the_frequencies_of_the_policy_cost_about_as_much(
     compared_run: Path, make_command
 ) -> None:
@@ -239,6 +251,7 @@ def test_random_configurations_with_the_frequencies_of_the_policy_cost_about_as_
     assert rows["modal"]["distinct_configs"] == rows["static"]["distinct_configs"] == 1
 
 
+@pytest.mark.slow
 def test_a_rival_of_another_policy_is_refused_before_anything_is_measured(
     compared_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

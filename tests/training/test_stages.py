@@ -127,6 +127,7 @@ def test_same_seed_gives_the_same_weights(finished_run: Path, make_command, tmp_
 LOW_BIT_SETTINGS = ("--search.ema_decay=0.5", "--search.distill_weight=0.5", "--search.batch_norm_batches=1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), LOW_BIT_SETTINGS], ids=["defaults", "average and distillation"])
 def test_interrupted_search_continues_to_the_weights_of_an_uninterrupted_one(
     finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
@@ -336,6 +337,7 @@ def test_a_budget_that_no_configuration_can_meet_is_refused(finished_run: Path, 
     assert not (run / "search").exists()
 
 
+@pytest.mark.slow
 def test_all_positions_can_be_searched_and_compared(make_command, tmp_path: Path) -> None:
     options = ("--bits.positions=all", "--pretrain_fp32.epochs=1", "--pretrain_quant.epochs=1", "--search.epochs=1")
     run = tmp_path / "run"
@@ -420,6 +422,7 @@ def assert_same(first: State, second: State) -> None:
         torch.testing.assert_close(second[name], value, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.slow
 def test_the_average_of_all_steps_is_judged_validated_saved_and_handed_on(
     finished_run: Path, make_command, tmp_path: Path, watch: Watch
 ) -> None:
@@ -482,6 +485,7 @@ def test_distillation_without_a_full_precision_network_names_what_is_missing(
     assert not (run / "finetune").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_does_not_go_on_after_its_teacher_has_changed(finished_run: Path, make_command, tmp_path: Path) -> None:
     run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "search")
     command = make_command("finetune", run, "--finetune.distill_weight=1")
@@ -530,6 +534,7 @@ def test_batch_norm_ends_with_the_statistics_of_augmented_training_images(
     assert_stem_has_the_statistics_of_the_train_split(state, command.config)
 
 
+@pytest.mark.slow
 def test_a_best_epoch_before_the_last_has_these_statistics_and_training_goes_on_as_without(
     finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -684,6 +689,7 @@ def test_the_negative_loss_is_a_quality_from_one_run_of_the_detector(
     assert qualities == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_policy_on_the_stem_keeps_the_stem_of_pretraining_and_shares_it(
     finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -712,6 +718,7 @@ def test_a_policy_on_the_stem_keeps_the_stem_of_pretraining_and_shares_it(
     assert 0 < report["gbitops_policy"] < 0.1 * report["gbitops_detector"]
 
 
+@pytest.mark.slow
 def test_the_policys_images_are_kept_from_the_detector_in_all_stages(
     make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
