@@ -78,11 +78,9 @@ class PerChoiceBatchNorm(nn.Module):
             factor: [K, 1] or [K, C], or None for 1.
             choice: [B] indices of the K choices; None where K = 1.
         """
-        if self.training and choice is None and factor is None and ranks.world_size() == 1:
-            statistics = (self.running_mean[0], self.running_var[0])
-            return Affine(
-                F.batch_norm(y, *statistics, self.weight[0], self.bias[0], True, self.momentum, self.eps)  # noqa: FBT003
-            )
+        if choice is None and factor is None and not (self.training and ranks.world_size() > 1):
+            state = (self.running_mean[0], self.running_var[0], self.weight[0], self.bias[0])
+            return Affine(F.batch_norm(y, *state, self.training, self.momentum, self.eps))
         mean, var = self.running_mean, self.running_var
         if self.training:
             y, mean, var = self._batch_statistics(y, factor, choice)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instaqnas.quant.switchable import (
+    BitChoice,
     PerChoiceBatchNorm,
     SwitchableConv2d,
     calibrate,
@@ -272,6 +273,32 @@ def test_every_quantizer_and_kind_of_weight_equals_a_loop_over_images(case: str,
 def test_a_batch_in_which_choices_are_absent_equals_the_loop(choice: list[int]) -> None:
     for training in (True, False):
         assert_equals_reference(CASES["pointwise"], MIXED, choice, batch_norm=True, training=training)
+
+
+@pytest.mark.parametrize("kind", [{}, *KINDS.values()], ids=["lsq_plus", *KINDS.keys()])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_k(kind: dict[str, str | bool], kernel: int) -> None:
+    """But for the weights and what belongs to them; feature maps are far larger here."""
+
+    def kept(choices: list[BitChoice]) -> int:
+        layer = SwitchableConv2d(8, 8, kernel, choices, **kind)
+        x = torch.randn(8, 8, 40, 40).relu().requires_grad_()
+        choice = torch.arange(8) % 2
+        calibrate(layer, lambda: layer(x, choice))
+        sizes = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y = layer(x, choice).value()
+        y.sum().backward()
+        return sum(sizes.values())
+
+    two, eight = kept([(2, 2), (3, 3)]), kept([(bits, bits) for bits in (2, 3, 4, 5, 6, 7, 8)] + [(8, 2)])
+    assert two > 8 * 8 * 40 * 40 * 4  # a feature map
+    assert eight < 1.1 * two
 
 
 # --- BatchNorm --------------------------------------------------------------------------------------------------------

@@ -281,12 +281,32 @@ def test_peak_memory_is_not_that_of_the_process_that_asks(monkeypatch: pytest.Mo
 def test_compiled_row_can_be_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     asked = []
     monkeypatch.setattr(benchmark, "measure", lambda *arguments: asked.append(arguments) or {"rows": {}})
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     main(["--no-compile", "--batch", "4"])
     main([])
     (settings, repetitions, names, roots), (_, _, all_names, _) = asked
     assert (settings, repetitions, roots) == (Settings(300, 1.0, 21, 3, 4), 5, [])
     assert set(all_names) - set(names) == {"fp32_compiled"}
     assert capsys.readouterr().out.startswith("row")
+
+
+def test_without_a_compiler_it_says_what_to_leave_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def compile_nothing(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--batch", "4"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.endswith("leave fp32_compiled out with --no-compile\n")
+
+
+def test_figures_have_their_limits_beside_them() -> None:
+    lines = format_table({"rows": {}, "train_vs_masked": 4.0, "memory_vs_masked": None}).splitlines()
+    assert lines[1].split() == ["train_vs_masked", "4", "(at", "least", "3.5)"]
+    assert lines[2].split() == ["memory_vs_masked", "-", "(at", "most", "0.45)"]
 
 
 @pytest.mark.parametrize(
