@@ -242,8 +242,8 @@ class SearchConfig(QuantTrainConfig):
         entropy_start: weight of the entropy bonus in the first epoch.
         entropy_end: weight of the entropy bonus in the last epoch; between them it moves linearly.
         baseline: what a sample's reward is compared with, that of the `greedy` configuration or of the others (`rloo`).
-        start: first distribution of the policy: `uniform`, or mostly the best fixed configuration (`static`) that the
-            target of the reward `budget` allows.
+        start: first distribution of the policy, `uniform`, or mostly the best fixed configuration that the target of
+            the reward `budget` allows (`static`).
         samples: configurations that are drawn and judged for each image of a policy step; `rloo` needs 2.
         normalize_advantage: scale the advantages of a policy step to a root mean square of 1.
     """

@@ -39,7 +39,7 @@ from instaqnas.detector.ssd import DetectorBits, SwitchableSSD
 from instaqnas.errors import InputError, TrainingError, exit_on_input_error
 from instaqnas.policy.bit_config import ChooseBits
 from instaqnas.policy.network import PolicyNet
-from instaqnas.training.checks import GB, STAGES, check_disk, existing_parent, splits_of
+from instaqnas.training.checks import GB, STAGES, check_disk, check_target, existing_parent, splits_of
 from instaqnas.training.evaluate import EvalReport
 from instaqnas.training.experiment import CACHED_SIDE, Experiment
 from instaqnas.training.run_dir import best_checkpoint
@@ -403,6 +403,7 @@ def preflight(command: Command, *, quick: bool = False) -> Preflight:
         experiment = Experiment(config)
         try:
             needed, free = check_disk(experiment, command.run, STAGES)
+            check_target(experiment)
         except InputError as error:
             problems.append(str(error))
     if not problems and not quick:

@@ -1,4 +1,6 @@
-"""What can be known before a stage trains: whether its data is whole, and whether its checkpoints fit on the disk."""
+"""What can be known before a stage trains: whether its data is whole, whether its checkpoints fit on the disk, and
+whether the target of the reward can be met.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ from torch import nn
 
 from instaqnas.config import Config
 from instaqnas.data.voc import check_image_header
-from instaqnas.detector.ssd import DetectorBits
+from instaqnas.detector.ssd import DetectorBits, detector_costs
 from instaqnas.errors import InputError
+from instaqnas.policy.network import policy_gbitops
 from instaqnas.training.experiment import POLICY_STAGES, Experiment
 from instaqnas.training.run_dir import section_of
 
@@ -23,16 +26,34 @@ GB = 1e9
 
 
 def quick_preflight(experiment: Experiment, run: Path, *stages: str, restart: bool = False) -> None:
-    """Reads every annotation and image header that `stages` will use, and compares the disk with their checkpoints.
+    """Reads every annotation and image header that `stages` will use, compares the disk with their checkpoints, and the
+    target with what configurations cost.
 
     `restart`: they will begin anew, and what is there of them will be kept.
 
-    Raises: InputError, naming the first file that is wrong, or what the disk lacks.
+    Raises: InputError, naming the first file that is wrong, what the disk lacks, or the target.
     """
     for roots, split in splits_of(experiment.config, stages):
         with ThreadPoolExecutor() as pool:
             list(pool.map(check_image_header, experiment.annotations(roots, split)))
     check_disk(experiment, run, stages, restart=restart)
+    if {"pretrain_quant", "search"} & set(stages):  # before the long trainings, too, that the search builds on
+        check_target(experiment)
+
+
+def check_target(experiment: Experiment) -> None:
+    """Raises InputError if the reward aims at a cost that no configuration has."""
+    settings = experiment.config.reward
+    if settings.name != "budget":
+        return
+    detector = experiment.quantized_detector()
+    costs, policy_cost = detector_costs(detector), policy_gbitops(experiment.policy(), detector.image_size)
+    lowest, highest = costs.lowest() + policy_cost, costs.highest() + policy_cost
+    if not lowest <= settings.target_gbitops <= highest:
+        raise InputError(
+            f"reward.target_gbitops: expected {lowest:.4g} to {highest:.4g}, what the configurations of this network "
+            f"cost with its policy, got {settings.target_gbitops:g}"
+        )
 
 
 def splits_of(config: Config, stages: Sequence[str]) -> list[tuple[list[str], str]]:

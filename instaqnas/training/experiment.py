@@ -294,7 +294,10 @@ def finished_checkpoint(run: Path, stage: str, settings: TrainConfig, script: st
         raise InputError(f"{run / stage}: no checkpoint; run {script} first, or name a checkpoint with --init")
     epoch = load_checkpoint(run / stage / "last.pt")["epoch"]
     if epoch < settings.epochs:
-        raise InputError(f"{run / stage}: at epoch {epoch} of {settings.epochs}; repeat {script} to finish it")
+        raise InputError(
+            f"{run / stage}: at epoch {epoch} of {settings.epochs}; repeat {script} to finish it, or give the options "
+            f"here that it was trained with"
+        )
     return path
 
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from instaqnas.training.evaluate import EvalReport
 from instaqnas.training.run_dir import versions, write_text
 from instaqnas.training.survey import Diagnosis
 
+# Of rows in plots, the same whatever rows there are; matplotlib's names.
+COLOURS = {"fp32": "grey", "random": "C1", "frequencies": "C2", "modal": "C4", "static": "C5", "policy": "C3"}
+OTHER_COLOURS = ("C0", "C9", "C8", "C6", "C7")
 ROW_KEYS = (
     "map_11pt",
     "map_all_point",
@@ -119,18 +123,20 @@ def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
+    others = cycle(OTHER_COLOURS)
     for row in rows:
         label = row.get("label", row["bits"])
+        colour = COLOURS.get(label) or next(others)
         if row["bits"] == "fp32":
             axes.axhline(
                 100 * row["map_11pt"],
-                color="grey",
+                color=colour,
                 linestyle="--",
                 label=f"{label}, {row['gbitops_total']:.3g} GBitOps",
             )
             continue
         marker = {"policy": "*", "random": "D"}.get(row["bits"], "o")
-        axes.plot(row["gbitops_total"], 100 * row["map_11pt"], marker, markersize=9, label=label)
+        axes.plot(row["gbitops_total"], 100 * row["map_11pt"], marker, markersize=9, label=label, color=colour)
     axes.set(xlabel="GBitOps per image, policy included", ylabel="mAP at IoU 0.5, 11 points (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

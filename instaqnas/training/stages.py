@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from instaqnas.config import SEVERAL_BITS, Command, Config, RewardConfig, TrainConfig
+from instaqnas.config import SEVERAL_BITS, Command, Config, TrainConfig
 from instaqnas.data.loader import Batch, DetectionLoader
 from instaqnas.detector.distillation import distillation_loss, foreground
 from instaqnas.detector.pretrained import load_pretrained
@@ -272,7 +272,7 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
     source = command.init or pretrained_checkpoint(command)
     detector, policy = experiment.adaptive_detector(), experiment.policy()
     policy_cost = policy_gbitops(policy, detector.image_size)
-    _check_costs(config.reward, detector_costs(detector), policy_cost)
+    _note_dear_policy(detector_costs(detector), policy_cost)
     teacher = teacher_checkpoint(command, "search", settings)
     run_dir = RunDir(
         command.run,
@@ -316,14 +316,7 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
     )
 
 
-def _check_costs(settings: RewardConfig, costs: CostTable, policy_cost: float) -> None:
-    """Raises InputError if the reward aims at a cost that no configuration has; notes a policy that is not cheap."""
-    lowest, highest = costs.lowest() + policy_cost, costs.highest() + policy_cost
-    if settings.name == "budget" and not lowest <= settings.target_gbitops <= highest:
-        raise InputError(
-            f"reward.target_gbitops: expected {lowest:.4g} to {highest:.4g}, what the configurations of this network "
-            f"cost with its policy, got {settings.target_gbitops:g}"
-        )
+def _note_dear_policy(costs: CostTable, policy_cost: float) -> None:
     if policy_cost > CHEAP_POLICY * costs.lowest():
         log.info(
             "note: the policy costs %.3g GBitOps, over %g %% of the cheapest detector's %.3g; policy.width and "

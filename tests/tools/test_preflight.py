@@ -210,6 +210,13 @@ def test_a_data_root_that_is_not_there_is_a_problem(config_file: Path, tmp_path:
     assert f"problem: {tmp_path}/gone: not a folder" in capsys.readouterr().err
 
 
+def test_a_target_out_of_reach_is_a_problem_before_anything_is_measured(config_file: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--config", str(config_file), "--reward.name=budget", "--reward.target_gbitops=9"])
+    assert left.value.code == 2
+    assert "problem: reward.target_gbitops: expected 0." in capsys.readouterr().err
+
+
 def test_a_stage_that_fails_is_a_problem_and_ends_the_measurement(config_file: Path, capsys) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--config", str(config_file), "--pretrain_fp32.pretrained", "absent.pth", "--json"])

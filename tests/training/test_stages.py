@@ -332,9 +332,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(
 
 def test_a_budget_that_no_configuration_can_meet_is_refused(finished_run: Path, make_command, tmp_path: Path) -> None:
     run = copy_stages(finished_run, tmp_path / "run", "pretrain_quant")
+    unreachable = ("--reward.name=budget", "--reward.target_gbitops=1000")
     with pytest.raises(InputError, match=r"reward\.target_gbitops: expected .* got 1000"):
-        stages.run_search(make_command("search", run, "--reward.name=budget", "--reward.target_gbitops=1000"))
+        stages.run_search(make_command("search", run, *unreachable))
     assert not (run / "search").exists()
+    with pytest.raises(InputError, match=r"reward\.target_gbitops: expected .* got 1000"):
+        stages.run_pretrain(make_command("pretrain", tmp_path / "new", *unreachable))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
