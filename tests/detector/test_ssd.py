@@ -279,6 +279,7 @@ def test_a_few_steps_on_one_image_lower_the_loss(bits: DetectorBits) -> None:
     assert history[-1] < 0.5 * history[0]
 
 
+@pytest.mark.slow
 def test_a_trained_full_precision_detector_finds_the_object_it_has_seen() -> None:
     detector = small(DetectorBits.full_precision(), extras_batch_norm=True)
     image = torch.full((1, 3, 64, 64), 120, dtype=torch.uint8)

@@ -316,7 +316,7 @@ def test_figures_have_their_limits_beside_them() -> None:
         ("--choices 9", "--choices 9: must be 2 to 8"),
         ("--image-size 32", "--image-size 32: must be at least 64"),
         ("--width nan", "--width nan: must be 0.01 to 8"),
-        ("--roots /nowhere/at/all", "/nowhere/at/all: not a folder"),
+        ("--no-compile --roots /nowhere/at/all", "/nowhere/at/all: not a folder"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(words: str, message: str, capfd: pytest.CaptureFixture) -> None:

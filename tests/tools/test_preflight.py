@@ -217,6 +217,7 @@ def test_a_target_out_of_reach_is_a_problem_before_anything_is_measured(config_f
     assert "problem: reward.target_gbitops: expected 0." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_is_a_problem_and_ends_the_measurement(config_file: Path, capsys) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--config", str(config_file), "--pretrain_fp32.pretrained", "absent.pth", "--json"])
