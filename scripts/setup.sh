@@ -44,7 +44,7 @@ for list in "${lists[@]}"; do
     # Without pip it is what an interrupted or failed `venv` leaves.
     .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
     echo "installing $list into .venv"
-    # What is imported is compiled then; compiling all of torch here takes longer than downloading it.
+    # Compiling everything beforehand took more than half of the time; what is imported is compiled then.
     .venv/bin/python -m pip install --disable-pip-version-check --no-compile -r "$list"
     cksum <"$list" >"$(stamp_of "$list")"
   fi

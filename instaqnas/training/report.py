@@ -19,7 +19,7 @@ from instaqnas.training.survey import Diagnosis
 
 # Of rows in plots, the same whatever rows there are; matplotlib's names.
 COLOURS = {"fp32": "grey", "random": "C1", "frequencies": "C2", "modal": "C4", "static": "C5", "policy": "C3"}
-OTHER_COLOURS = ("C0", "C9", "C8", "C6", "C7")
+OTHER_COLOURS = ("C0", "C9", "C8", "C6", "C7", "black", "gold", "navy")  # bits.choices has eight at most
 ROW_KEYS = (
     "map_11pt",
     "map_all_point",

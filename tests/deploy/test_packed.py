@@ -101,10 +101,11 @@ def convolutions(network: nn.Module) -> dict[str, SwitchableConv2d]:
 def test_the_setting_of_the_paper_takes_a_fraction_of_full_precision(tmp_path: Path, weights: str, most: int) -> None:
     """9.47 million parameters are 37.9 MB in float32. First weights stand for trained ones."""
     command = parse_command("search", ["--config", "configs/voc_paper.yaml", f"--bits.weights={weights}"])
-    bits = detector_bits(command.config)
+    bits, settings = detector_bits(command.config), command.config.policy
     torch.manual_seed(0)
     detector = SwitchableSSD(len(VOC_CLASSES) + 1, bits)
-    policy = PolicyNet(len(detector.positions), len(bits.choices), pool=2, width=16, bits=(8, 8))
+    shape = {"pool": settings.pool, "width": settings.width, "bits": settings.bits}
+    policy = PolicyNet(len(detector.positions), len(bits.choices), **shape)
     images = torch.randint(0, 256, (4, 3, 300, 300), generator=torch.Generator().manual_seed(0)).byte()
     settle(detector, lambda: detector(images, random_choices(detector, 4)))
     settle(policy, lambda: policy(images))

@@ -208,7 +208,12 @@ def costs_and_losses() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("target", "baseline", "samples"), [(1.5, "greedy", 1), pytest.param(1.75, "rloo", 2, marks=pytest.mark.slow)]
+    ("target", "baseline", "samples"),
+    [
+        (1.5, "greedy", 1),
+        pytest.param(1.75, "rloo", 2, marks=pytest.mark.slow),
+        pytest.param(2.0, "rloo", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_search_without_a_detector_ends_within_two_percent_of_its_budget(
     target: float, baseline: Baseline, samples: int
