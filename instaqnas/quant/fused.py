@@ -7,6 +7,8 @@ grid's lowest level, 0, is the ReLU.
 
 Composed from torch operations each of them is three to five passes; `torch.compile` makes one loop of it
 (`compile_passes`). Only these few functions are compiled, not the network: seconds instead of minutes.
+
+Feature maps may lie in memory as [B, C, H, W] or channels-last; results lie as the map does.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from instaqnas.errors import InputError
 
 log = logging.getLogger(__name__)
 CompileMode = Literal["auto", "on", "off"]
+Channels = Literal["first", "last"]  # where they lie: [B, C, N] or [B, H, W, C]
 SMALL = 2**15  # elements up to which a pass is not worth a compiled function's call
 
 
@@ -37,7 +40,8 @@ def clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest:
         scale, shift: [B, C].
         lowest, highest: [B]; integers, but for what a learned range adds to their gradient.
     """
-    return _ClipRound.apply(y.flatten(2), scale, shift, lowest, highest).view(y.shape)
+    rows, channels = _rows(y)
+    return _like(y, _ClipRound.apply(rows, scale, shift, lowest, highest, channels), channels)
 
 
 def sums_of_powers(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,30 +49,35 @@ def sums_of_powers(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Read on from the `y` that is returned: then its gradient and those of the sums are joined in one pass.
     """
-    same, sums, squares = _SumsOfPowers.apply(y.flatten(2))
-    return same.view(y.shape), sums, squares
+    rows, channels = _rows(y)
+    same, sums, squares = _SumsOfPowers.apply(rows, channels)
+    return _like(y, same, channels), sums, squares
 
 
-def integer_levels(
-    y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, offset: Tensor, dtype: torch.dtype
+def clip_round_bytes(
+    y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, offset: Tensor
 ) -> Tensor:
-    """The levels of `clip_round` plus `offset` as integers, for a `y` whose channels come last; for inference.
+    """The levels of `clip_round` plus `offset` as bytes, uint8, channels-last; for inference.
 
     Args:
-        y: [B, N, C], float or int32.
+        y: [B, C, H, W], float or int32.
         scale, shift: [B, C].
-        lowest, highest, offset: [B], whole numbers.
-        dtype: int8 or int16.
+        lowest, highest, offset: [B], whole numbers; lowest + offset to highest + offset lie in 0 to 255.
     """
-    function = _integer_levels_8 if dtype == torch.int8 else _integer_levels_16
-    return _run(function, y, scale, shift, lowest, highest, offset)
+    levels = _run(_clip_round_bytes, y.permute(0, 2, 3, 1), scale, shift, lowest, highest, offset)
+    return levels.permute(0, 3, 1, 2)
+
+
+def to_bytes(levels: Tensor) -> Tensor:
+    """Whole numbers from 0 to 255 in floating point, [B, C, H, W] channels-last, as uint8."""
+    return _run(_to_bytes, levels.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def integer_depthwise(levels: Tensor, taps: Tensor, kernel_size: int, stride: int) -> Tensor:
     """Depthwise convolution of integers, summed in 32 bits; for inference.
 
     Args:
-        levels: int16 [B, H, W, C], already padded.
+        levels: uint8 [B, H, W, C], already padded.
         taps: int32 [B, kernel_size^2, C].
         kernel_size: 3.
         stride: 1 or 2.
@@ -82,97 +91,124 @@ def integer_depthwise(levels: Tensor, taps: Tensor, kernel_size: int, stride: in
 
 class _ClipRound(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-        ctx.save_for_backward(y, scale, shift, lowest, highest)
-        return _run(_clip_round, y, scale, shift, lowest, highest)
+    def forward(ctx, y: Tensor, *table_and_channels: Tensor | Channels) -> Tensor:
+        *table, ctx.channels = table_and_channels
+        ctx.save_for_backward(y, *table)
+        return _run(_clip_round, y, *table, channels=ctx.channels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, *table = ctx.saved_tensors
-        grad_y, grad_scale, grad_shift = _run(_clip_round_backward, grad, y, *table)
+        grad_y, grad_scale, grad_shift = _run(_clip_round_backward, grad, y, *table, channels=ctx.channels)
         below = above = None
         if any(ctx.needs_input_grad[3:]):
-            below, above = _run(_clip_round_bounds_backward, grad, y, *table)
-        return grad_y, grad_scale, grad_shift, below, above
+            below, above = _run(_clip_round_bounds_backward, grad, y, *table, channels=ctx.channels)
+        return grad_y, grad_scale, grad_shift, below, above, None
 
 
 class _SumsOfPowers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, y: Tensor, channels: Channels) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(y)
-        return y.view_as(y), *_run(_sums_of_powers, y)
+        ctx.channels = channels
+        return y.view_as(y), *_run(_sums_of_powers, y, channels=channels)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y: Tensor, grad_sums: Tensor, grad_squares: Tensor) -> Tensor:
-        return _run(_sums_of_powers_backward, grad_y, *ctx.saved_tensors, grad_sums, grad_squares)
+    def backward(ctx, grad_y: Tensor, grad_sums: Tensor, grad_squares: Tensor) -> tuple[Tensor, None]:
+        return _run(
+            _sums_of_powers_backward, grad_y, *ctx.saved_tensors, grad_sums, grad_squares, channels=ctx.channels
+        ), None
 
 
-# --- The passes: y [B, C, N], tables [B, C] or [B] --------------------------------------------------------------------
+def _rows(y: Tensor) -> tuple[Tensor, Channels]:
+    """`y` [B, C, ...] as [B, C, N], or, if its channels lie last in memory, as [B, H, W, C]."""
+    if y.dim() == 4 and not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last):
+        return y.permute(0, 2, 3, 1), "last"
+    return y.flatten(2), "first"
 
 
-def _position(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _like(y: Tensor, rows: Tensor, channels: Channels) -> Tensor:
+    """The inverse of `_rows`."""
+    return rows.permute(0, 3, 1, 2) if channels == "last" else rows.view(y.shape)
+
+
+# --- The passes: y [B, C, N], or with `channels` last [B, H, W, C]; tables [B, C] or [B] ------------------------------
+
+
+def _spread(table: Tensor, channels: Channels) -> Tensor:
+    return table[:, None, None] if channels == "last" else table[:, :, None]
+
+
+def _over_pixels(y: Tensor, channels: Channels) -> Tensor:
+    """Sums [B, C]; of channels that lie last line by line, which the cache holds."""
+    return y.sum(2).sum(1) if channels == "last" else y.sum(2)
+
+
+def _position(y: Tensor, scale: Tensor, shift: Tensor, channels: Channels) -> Tensor:
     """Where `y` lies on the grid, in levels, before rounding.
 
     Not as a fused multiply-add, which compiled code is not: levels must not depend on what happens to be compiled.
     """
-    return (y.to(scale.dtype) * scale[:, :, None]).add_(shift[:, :, None])
+    return (y.to(scale.dtype) * _spread(scale, channels)).add_(_spread(shift, channels))
 
 
 def _clipped(position: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """Like `clamp`, which is several times slower with bounds that are tensors."""
-    clipped = torch.maximum(position, lowest[:, None, None])
-    return torch.minimum(clipped, highest[:, None, None], out=clipped)
+    lowest, highest = (end.view(-1, *[1] * (position.dim() - 1)) for end in (lowest, highest))
+    clipped = torch.maximum(position, lowest)
+    return torch.minimum(clipped, highest, out=clipped)
 
 
-def _clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    return _clipped(_position(y, scale, shift).round_(), lowest, highest).to(y.dtype)
+def _clip_round(
+    y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, *, channels: Channels
+) -> Tensor:
+    return _clipped(_position(y, scale, shift, channels).round_(), lowest, highest).to(y.dtype)
 
 
 def _clip_round_backward(
-    grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor
+    grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, *, channels: Channels
 ) -> tuple[Tensor, Tensor, Tensor]:
-    position = _position(y, scale, shift)
+    position = _position(y, scale, shift, channels)
     inside = _clipped(position, lowest, highest).eq_(position)  # 0 or 1
     passed = inside.mul_(grad)
-    return (passed * scale[:, :, None]).to(y.dtype), (passed * y).sum(2), passed.sum(2)
+    grad_y = (passed * _spread(scale, channels)).to(y.dtype)
+    return grad_y, _over_pixels(passed * y, channels), _over_pixels(passed, channels)
 
 
 def _clip_round_bounds_backward(
-    grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor
+    grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, *, channels: Channels
 ) -> tuple[Tensor, Tensor]:
-    position = _position(y, scale, shift)
-    below = torch.where(position < lowest[:, None, None], grad.to(scale.dtype), 0.0)
-    above = torch.where(position > highest[:, None, None], grad.to(scale.dtype), 0.0)
-    return below.sum((1, 2)), above.sum((1, 2))
+    position = _position(y, scale, shift, channels)
+    lowest, highest = (end.view(-1, *[1] * (y.dim() - 1)) for end in (lowest, highest))
+    below = torch.where(position < lowest, grad.to(scale.dtype), 0.0)
+    above = torch.where(position > highest, grad.to(scale.dtype), 0.0)
+    return below.flatten(1).sum(1), above.flatten(1).sum(1)
 
 
-def _sums_of_powers(y: Tensor) -> tuple[Tensor, Tensor]:
+def _sums_of_powers(y: Tensor, *, channels: Channels) -> tuple[Tensor, Tensor]:
     exact = y if y.dtype == torch.float64 else y.float()
-    return exact.sum(2), (exact * exact).sum(2)
+    return _over_pixels(exact, channels), _over_pixels(exact * exact, channels)
 
 
-def _sums_of_powers_backward(grad_y: Tensor, y: Tensor, grad_sums: Tensor, grad_squares: Tensor) -> Tensor:
-    through_sums = torch.addcmul(grad_sums[:, :, None], y.to(grad_sums.dtype), 2 * grad_squares[:, :, None])
+def _sums_of_powers_backward(
+    grad_y: Tensor, y: Tensor, grad_sums: Tensor, grad_squares: Tensor, *, channels: Channels
+) -> Tensor:
+    doubled = _spread(2 * grad_squares, channels)
+    through_sums = torch.addcmul(_spread(grad_sums, channels), y.to(grad_sums.dtype), doubled)
     return (grad_y + through_sums).to(y.dtype)
 
 
-def _integer_levels_8(
+def _clip_round_bytes(
     y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, offset: Tensor
 ) -> Tensor:
-    return _integer_levels(y, scale, shift, lowest, highest, offset).to(torch.int8)
+    position = _position(y, scale, shift, channels="last").round_()
+    return _clipped(position, lowest, highest).add_(offset[:, None, None, None]).to(torch.uint8)
 
 
-def _integer_levels_16(
-    y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, offset: Tensor
-) -> Tensor:
-    return _integer_levels(y, scale, shift, lowest, highest, offset).to(torch.int16)
-
-
-def _integer_levels(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, offset: Tensor) -> Tensor:
-    position = (y.to(scale.dtype) * scale[:, None]).add_(shift[:, None])
-    return _clipped(position.round_(), lowest, highest).add_(offset[:, None, None])
+def _to_bytes(levels: Tensor) -> Tensor:
+    return levels.to(torch.uint8)
 
 
 def _integer_depthwise_1(levels: Tensor, taps: Tensor) -> Tensor:
@@ -197,7 +233,7 @@ def _integer_depthwise_2(levels: Tensor, taps: Tensor) -> Tensor:
 
 _PASSES = (
     _clip_round, _clip_round_backward, _clip_round_bounds_backward, _sums_of_powers, _sums_of_powers_backward,
-    _integer_levels_8, _integer_levels_16, _integer_depthwise_1, _integer_depthwise_2,
+    _clip_round_bytes, _to_bytes, _integer_depthwise_1, _integer_depthwise_2,
 )  # fmt: skip
 _compiled: dict[Callable, Callable] = {}
 _insists = False
@@ -219,18 +255,18 @@ def compile_passes(mode: CompileMode) -> None:
             _compiled[function] = torch.compile(function, dynamic=True)
 
 
-def _run(function: Callable, first: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
+def _run(function: Callable, first: Tensor, *others: Tensor, **settings: Channels) -> Tensor | tuple[Tensor, ...]:
     compiled = _compiled.get(function)
     if compiled is None or first.numel() <= SMALL:
-        return function(first, *others)
+        return function(first, *others, **settings)
     try:
         # Compiled code is specialised to strides and to what needs a gradient: one kind of each.
-        return compiled(*(tensor.detach().contiguous() for tensor in (first, *others)))
+        return compiled(*(tensor.detach().contiguous() for tensor in (first, *others)), **settings)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # what a missing or broken compiler raises has no common base
         _give_up(error)
-        return function(first, *others)
+        return function(first, *others, **settings)
 
 
 def _give_up(error: Exception) -> None:

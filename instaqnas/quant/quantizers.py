@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instaqnas.quant.fused import clip_round
+from instaqnas.quant.fused import clip_round, clip_round_bytes
 
 FULL_PRECISION = 32  # as a bit-width: not quantized
 SMALLEST_STEP, LARGEST_STEP = 1e-8, 1e8
@@ -61,8 +61,8 @@ class Affine(NamedTuple):
         """The feature map itself [B, C, H, W], without ReLU."""
         if self.scale is None:
             return self.y
-        # Under autocast the sums are bf16. Integer sums lie channels-last; what is summed up later must not notice.
-        y = self.y.to(self.scale.dtype).contiguous()
+        # Under autocast the sums are bf16.
+        y = self.y.to(self.scale.dtype)
         return y * self.scale[:, :, None, None] + self.shift[:, :, None, None]
 
 
@@ -130,6 +130,7 @@ class WeightQuantizer(Quantizer):
 
     def __init__(self, bits: Sequence[int]) -> None:
         super().__init__(bits, signed=True)
+        self.integers = torch.int8  # what holds the levels of quantized choices
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """See the class."""
@@ -188,6 +189,7 @@ class NestedWeights(WeightQuantizer):
 
     def __init__(self, bits: Sequence[int], channels: int = 1) -> None:
         super().__init__(bits)
+        self.integers = torch.int16  # -255 to 255
         quantized = [b for b in bits if b != FULL_PRECISION]
         if quantized:
             self.widest, self.narrowest = max(quantized), min(quantized)
@@ -227,6 +229,10 @@ class DoReFaWeights(WeightQuantizer):
     layers without BatchNorm keep their range; with BatchNorm it makes no difference.
     """
 
+    def __init__(self, bits: Sequence[int]) -> None:
+        super().__init__(bits)
+        self.integers = torch.int16  # -255 to 255
+
     def grid(self, numel: int) -> Grid:
         last = 2 * self.highest + 1  # 2^b - 1
         return Grid(self._step_column(last.reciprocal()[:, None]), -last, last)
@@ -247,10 +253,17 @@ class DoReFaWeights(WeightQuantizer):
 class ActivationQuantizer(Quantizer):
     """Grids of a layer's input, picked per image; unsigned grids are also the ReLU before the layer."""
 
-    def forward(self, x: Affine | Tensor, choice: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
+        super().__init__(bits, signed=signed)
+        self.has_bytes = self.all_quantized and not signed  # levels lie in 0 to 255
+
+    def forward(
+        self, x: Affine | Tensor, choice: Tensor | None, *, as_bytes: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Levels [B, C, H, W], and step sizes [K] (None if no choice is quantized).
 
-        `choice` [B] indexes the K choices; it may be None where there is only one.
+        `choice` [B] indexes the K choices; it may be None where there is only one. `as_bytes` gives levels as uint8,
+        channels-last, without gradient, where `has_bytes`.
         """
         x = as_affine(x)
         if not self.any_quantized:
@@ -261,8 +274,10 @@ class ActivationQuantizer(Quantizer):
         scale = own_step.reciprocal() if x.scale is None else x.scale / own_step
         shift = torch.zeros_like(scale) if x.shift is None else x.shift / own_step
         tables = (table.expand(images, channels) for table in (scale, shift))
-        ends = (of_images(end, choice, images) for end in (lowest, highest))
-        levels = clip_round(x.y, *tables, *ends)
+        lowest, highest = (of_images(end, choice, images) for end in (lowest, highest))
+        if as_bytes:
+            return clip_round_bytes(x.y, *tables, lowest, highest, torch.zeros_like(lowest)), step.squeeze(1)
+        levels = clip_round(x.y, *tables, lowest, highest)
         if not self.all_quantized:
             on = of_images(self.is_quantized, choice, images)
             levels = torch.where(on.view(-1, 1, 1, 1), levels, self._unquantized(x))

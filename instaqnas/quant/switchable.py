@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from instaqnas import ranks
+from instaqnas.quant.convolution import choice_conv2d, has_byte_products
 from instaqnas.quant.fused import sums_of_powers
 from instaqnas.quant.quantizers import (
     Affine,
@@ -28,29 +28,6 @@ from instaqnas.quant.quantizers import (
 
 BitChoice = tuple[int, int]
 WeightSharing = Literal["shared", "separate", "nested"]
-
-
-def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
-    """Convolution of every image with its own weight.
-
-    Args:
-        x: [B, in, H, W].
-        weight: [B, out, in / groups, kh, kw].
-
-    Returns: [B, out, H', W'].
-    """
-    images, channels, height, width = x.shape
-    out = weight.shape[1]
-    if weight.shape[2:] == (channels, 1, 1) and stride == 1 and padding == 0:  # pointwise: one batched product
-        return torch.bmm(weight.view(images, out, channels), x.flatten(2)).view(images, out, height, width)
-    y = F.conv2d(
-        x.reshape(1, images * channels, height, width),
-        weight.reshape(images * out, *weight.shape[2:]),
-        stride=stride,
-        padding=padding,
-        groups=images * groups,
-    )
-    return y.view(images, out, *y.shape[2:])
 
 
 class PerChoiceBatchNorm(nn.Module):
@@ -200,22 +177,29 @@ class SwitchableConv2d(nn.Module):
             nested=weights == "nested" and len(self.choices) > 1,
         )
         self.input_quantizer = activation_quantizer(quantizer, input_bits, signed=signed_input)
+        has_integers = self.input_quantizer.has_bytes and self.weight_quantizer.all_quantized
+        self.integers = self.weight_quantizer.integers if has_integers else None
 
     def forward(self, x: Affine | Tensor, choice: Tensor | None = None) -> Affine:
         """[B, in, H, W] -> [B, out, H', W'], image b at bit choice `choice[b]`; `choice` [B] is unused where K = 1."""
         if len(self.choices) == 1:
             choice = None
-        x, input_step = self.input_quantizer(x, choice)
+        x = as_affine(x)
+        x, input_step = self.input_quantizer(x, choice, as_bytes=self._reads_bytes(x))
         weight, weight_step = self.weight_quantizer(self.weight)
-        if choice is None:
-            y = F.conv2d(x, weight[0], stride=self.stride, padding=self.padding, groups=self.groups)
-        else:
-            y = per_image_conv2d(x, _Pick.apply(weight, choice), self.stride, self.padding, self.groups)
+        y = choice_conv2d(
+            x, weight, choice, stride=self.stride, padding=self.padding, groups=self.groups, integers=self.integers
+        )
         factor = _product(None if input_step is None else input_step[:, None], weight_step)  # [K, 1] or [K, out]
         if self.norm is not None:
             return self.norm(y, factor, choice)
         scale, shift = self._folded_bias(factor)
         return Affine(y, of_images(scale, choice, len(y)), shift)
+
+    def _reads_bytes(self, x: Affine) -> bool:
+        """Whether the convolution can do with bytes alone."""
+        on_cpu = x.y.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and x.y.dtype != torch.float64
+        return self.integers is not None and on_cpu and not torch.is_grad_enabled() and has_byte_products()
 
     def folded(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale [K, out] and shift [K or 1, out] that stand between the integer sums and the output in evaluation.
@@ -233,23 +217,6 @@ class SwitchableConv2d(nn.Module):
         self.weight_quantizer.initialize(self.weight)
         x = as_affine(x).value()
         self.input_quantizer.initialize(x if self.input_quantizer.signed else F.relu(x))
-
-
-class _Pick(torch.autograd.Function):
-    """Rows of a table [K, ...] for B images, [B, ...]; the gradient as a product, many times faster than a scatter."""
-
-    @staticmethod
-    def forward(ctx, table: Tensor, choice: Tensor) -> Tensor:
-        ctx.save_for_backward(choice)
-        ctx.shape = table.shape
-        return table.index_select(0, choice)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (choice,) = ctx.saved_tensors
-        member = F.one_hot(choice, ctx.shape[0]).T.to(grad.dtype)  # [K, B]
-        return (member @ grad.flatten(1)).view(ctx.shape), None
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

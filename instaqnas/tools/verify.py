@@ -20,8 +20,9 @@ from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.bit_config import ChooseBits, greedy_by
+from instaqnas.quant.convolution import has_byte_products
 from instaqnas.quant.fused import compile_passes
-from instaqnas.quant.integer import EXACT_IN_FLOAT32, IntegerConv2d, exact_weight_bits, to_integer
+from instaqnas.quant.integer import EXACT_IN_FLOAT32, IntegerConv2d, to_integer
 from instaqnas.quant.switchable import SwitchableConv2d
 from instaqnas.tools.arguments import run_command, run_parser
 from instaqnas.training.evaluate import detect
@@ -75,9 +76,7 @@ class Recorder:
         def hook(layer: IntegerConv2d, args: tuple, output: tuple) -> None:
             x, choice = args if len(args) == 2 else (args[0], None)
             choice = choice if choice is not None else torch.zeros(len(output[0]), dtype=torch.int64)
-            levels = layer.levels(x, choice).permute(0, 3, 1, 2) - layer.offset[choice].view(-1, 1, 1, 1).to(
-                torch.int16
-            )
+            levels = layer.levels(x, choice) - layer.offset[choice].view(-1, 1, 1, 1)
             expected = self.seen.pop(name)
             different = int((levels != expected).sum())
             self.result.levels += expected.numel()
@@ -153,9 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = command.init or latest_policy_checkpoint(command)
         results = verify(Experiment(command.config), checkpoint, options.random)
     figures = {name: asdict(result) for name, result in results.items()}
-    print(
-        json.dumps({**figures, "exact_up_to": EXACT_IN_FLOAT32, "weight_bits_of_int_mm": exact_weight_bits()}, indent=1)
-    )
+    print(json.dumps({**figures, "exact_up_to": EXACT_IN_FLOAT32, "byte_products": has_byte_products()}, indent=1))
     if options.random == 0:
         sys.stderr.write("note: --random 0: no random configuration has been compared\n")
     if not all(result.is_equal for result in results.values()):

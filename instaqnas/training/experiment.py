@@ -69,7 +69,7 @@ class Experiment:
     def detector(self, bits: DetectorBits) -> SwitchableSSD:
         """A detector on the device; first weights from the seed."""
         settings = self.config.detector
-        # Quantized layers are batched products over [channels, pixels], which want the ordinary layout.
+        # Quantized layers see to their own layout.
         channels_last = self.config.runtime.channels_last and bits.quantize_nothing
         torch.manual_seed(derived_seed(self.config.seed, "detector"))
         return SwitchableSSD(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -48,9 +49,23 @@ def kind(layer: LayerCost) -> str:
     return kinds[0]
 
 
+def matrix_flops(x: list[int], *_: object, out_shape: list[int], **__: object) -> int:
+    return 2 * math.prod(out_shape) * x[-1]
+
+
+def convolution_flops(_x: list[int], _scale: float, _zero: int, weight: list[int], *_: object, **shapes: list) -> int:
+    return 2 * math.prod(shapes["out_shape"]) * math.prod(weight[1:])
+
+
+BYTES = {  # products that torch's counter does not know
+    torch.ops.onednn.qlinear_pointwise: matrix_flops,
+    torch.ops.onednn.qconv2d_pointwise: convolution_flops,
+}
+
+
 def counted_macs(network: nn.Module, *args: Tensor) -> int:
     network.eval().requires_grad_(False)  # the counter follows modules by hooks on gradients otherwise
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=BYTES) as counter:
         network(*args)
     return counter.get_total_flops() // 2
 

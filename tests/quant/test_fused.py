@@ -13,7 +13,14 @@ from torch import Tensor
 
 from instaqnas.errors import InputError
 from instaqnas.quant import fused
-from instaqnas.quant.fused import clip_round, compile_passes, integer_depthwise, integer_levels, sums_of_powers
+from instaqnas.quant.fused import (
+    clip_round,
+    clip_round_bytes,
+    compile_passes,
+    integer_depthwise,
+    sums_of_powers,
+    to_bytes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +74,18 @@ def levels_rounded_once(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor,
 def assert_levels_are_rounded_twice(inputs: list[Tensor]) -> None:
     expected = levels_rounded_twice(*inputs)
     assert torch.equal(clip_round(*inputs), expected)
-    y, scale, shift, lowest, highest = inputs
-    offset = torch.where(highest > 127, 127 - highest, 0.0)
-    for last in (y, y.int()):  # channels last, as integer layers have them
-        levels = integer_levels(last.transpose(1, 2), scale, shift, lowest, highest, offset, torch.int8)
-        assert levels.dtype == torch.int8
-        assert torch.equal(levels.transpose(1, 2) - offset[:, None, None], expected)
+    y, *table = inputs
+    lowest = table[2]
+    image = last(y[..., None])
+    assert torch.equal(clip_round(image, *table)[..., 0], expected)
+    for values in (image, image.int()):
+        levels = clip_round_bytes(values, *table, -lowest)
+        assert levels.dtype == torch.uint8
+        assert torch.equal(levels[..., 0] + lowest[:, None, None], expected)
+
+
+def last(y: Tensor) -> Tensor:
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -88,6 +101,30 @@ def test_levels_and_all_five_gradients_equal_autograd_of_the_formula() -> None:
     for got, expected in zip(
         gradients(clip_round, inputs, y.flip(0)), gradients(naive_clip_round, inputs, y.flip(0)), strict=True
     ):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def lies_last(y: Tensor) -> bool:
+    return y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_where_channels_lie_last_all_is_the_same_and_stays_there() -> None:
+    y = torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    table = tables(5, 3, torch.float64)
+    levels, (same, *sums) = clip_round(last(y), *table), sums_of_powers(last(y))
+    assert lies_last(levels)
+    assert lies_last(same)
+    assert torch.equal(levels, clip_round(y, *table))
+    for got, expected in zip((same, *sums), sums_of_powers(y), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+    def network(y: Tensor, *table: Tensor) -> Tensor:
+        same, sums, squares = sums_of_powers(y)
+        return clip_round(same, *table) * (sums + squares)[:, :, None, None]
+
+    inputs = gradients(network, [last(y), *table], last(y.flip(0)))
+    assert lies_last(inputs[0])
+    for got, expected in zip(inputs, gradients(network, [y, *table], y.flip(0)), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -125,8 +162,9 @@ def test_a_position_is_a_rounded_product_and_a_rounded_sum() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_passes_equal_the_uncompiled_ones() -> None:
-    y = torch.randn(3, 4, 150, 150, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiled_passes_equal_the_uncompiled_ones(layout: torch.memory_format) -> None:
+    y = torch.randn(3, 4, 150, 150, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
     inputs = [y, *tables(3, 4, torch.float32)]
     assert y.numel() > fused.SMALL  # or nothing would be compiled
 
@@ -153,17 +191,19 @@ def test_compiled_integer_passes_before_and_in_depthwise_convolutions_are_exact(
     y, scale, shift, lowest, highest = halfway_positions(2, 16, 45 * 45)
     expected = levels_rounded_twice(y, scale, shift, lowest, highest)
     g = torch.Generator().manual_seed(0)
-    levels = torch.randint(-128, 256, (2, 45, 46, 16), generator=g, dtype=torch.int16)
+    levels = torch.randint(256, (2, 45, 46, 16), generator=g, dtype=torch.uint8)
     taps = torch.randint(-255, 256, (2, 9, 16), generator=g, dtype=torch.int32)
     assert min(y.numel(), levels.numel()) > fused.SMALL
     compile_passes("auto")
-    no_offset = torch.zeros_like(highest)
-    found = integer_levels(y.int().transpose(1, 2), scale, shift, lowest, highest, no_offset, torch.int16)
+    image = last(y[..., None])
+    found = clip_round_bytes(image.int(), scale, shift, lowest, highest, -lowest)
+    same = to_bytes(clip_round(image, scale, shift, lowest, highest) - lowest.view(-1, 1, 1, 1))
     sums = {stride: integer_depthwise(levels, taps, 3, stride) for stride in (1, 2)}
     if not fused._compiled:
         pytest.skip("no compiler on this machine")
-    assert found.dtype == torch.int16
-    assert torch.equal(found.transpose(1, 2), expected)
+    for levels_found in (found, same):
+        assert levels_found.dtype == torch.uint8
+        assert torch.equal(levels_found[..., 0] + lowest[:, None, None], expected)
     for stride, y in sums.items():
         assert y.dtype == torch.int32
         for image in range(2):
@@ -173,7 +213,7 @@ def test_compiled_integer_passes_before_and_in_depthwise_convolutions_are_exact(
 
 
 def broken_compiler(*_: object, **__: object) -> Callable:
-    def compiled(*_: object) -> None:
+    def compiled(*_: object, **__: object) -> None:
         raise OSError("c++: no such compiler\nand more lines")
 
     return compiled

@@ -14,7 +14,6 @@ from instaqnas.quant.switchable import (
     PerChoiceBatchNorm,
     SwitchableConv2d,
     calibrate,
-    per_image_conv2d,
     reestimate_batch_norm,
 )
 
@@ -443,26 +442,6 @@ def test_a_quantized_product_equals_integer_arithmetic_to_the_last_bit() -> None
             y = layer(input_levels.float() * input_step, torch.tensor([k, k])).value()
         own_steps = layer.weight_quantizer.log_step[k].exp() * layer.input_quantizer.log_step[k].exp()
         assert torch.equal(y, sums.float() * own_steps)
-
-
-@pytest.mark.parametrize(
-    "channels, out, kernel, stride, padding, groups",
-    [
-        (4, 6, 1, 1, 0, 1),
-        (4, 6, 1, 2, 0, 1),
-        (4, 6, 3, 2, 1, 1),
-        (4, 4, 3, 1, 1, 4),
-        (4, 6, 3, 1, 1, 2),
-        (1, 2, 1, 1, 0, 1),
-    ],
-)
-def test_per_image_convolution_equals_a_loop(
-    channels: int, out: int, kernel: int, stride: int, padding: int, groups: int
-) -> None:
-    x = torch.randn(3, channels, 5, 8, dtype=torch.float64)
-    weight = torch.randn(3, out, channels // groups, kernel, kernel, dtype=torch.float64)
-    loop = [F.conv2d(x[b : b + 1], weight[b], None, stride, padding, groups=groups) for b in range(3)]
-    torch.testing.assert_close(per_image_conv2d(x, weight, stride, padding, groups), torch.cat(loop))
 
 
 def test_an_uncalibrated_layer_gives_nan_and_not_numbers() -> None:

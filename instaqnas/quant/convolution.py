@@ -1,0 +1,253 @@
+"""Convolution of every image of a batch with the weight of its choice, each image computed once.
+
+On a CPU the images of a choice are convolved together, channels-last; on a GPU, where sorting them would wait for the
+device, every image with a copy of its weight.
+
+Levels from 0 to 255 are bytes. They are kept as bytes for the backward pass, and on processors with 8-bit dot products
+multiplied as bytes by oneDNN: the sums are the same whole numbers, found several times faster than in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from instaqnas.quant.fused import to_bytes
+
+
+def choice_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    choice: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    groups: int,
+    integers: torch.dtype | None,
+) -> Tensor:
+    """Convolution of image b with `weight[choice[b]]`: [B, out, H', W'], channels-last but where a GPU prefers others.
+
+    Args:
+        x: [B, in, H, W]; uint8 where no gradient is needed and the processor multiplies bytes.
+        weight: [K, out, in / groups, kh, kw].
+        choice: [B] indices of the K weights; None where K = 1.
+        stride, padding, groups: as in `torch.nn.Conv2d`.
+        integers: what holds the whole numbers of `weight`, int8 or int16, if `x` has whole numbers from 0 to 255; else
+            None.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        settings = {"stride": stride, "padding": padding, "groups": groups}
+        return _ChoiceConv2d.apply(x, weight, choice, integers if weight.dtype == torch.float32 else None, settings)
+    if choice is None:
+        return F.conv2d(x, weight[0], stride=stride, padding=padding, groups=groups)
+    return per_image_conv2d(x, _Pick.apply(weight, choice), stride, padding, groups)
+
+
+def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
+    """Convolution of every image with its own weight.
+
+    Args:
+        x: [B, in, H, W].
+        weight: [B, out, in / groups, kh, kw].
+
+    Returns: [B, out, H', W'].
+    """
+    images, channels, height, width = x.shape
+    out = weight.shape[1]
+    if weight.shape[2:] == (channels, 1, 1) and stride == 1 and padding == 0:  # pointwise: one batched product
+        rows = x.permute(0, 2, 3, 1).reshape(images, height * width, channels)
+        y = torch.bmm(rows, weight.view(images, out, channels).transpose(1, 2))
+        return y.view(images, height, width, out).permute(0, 3, 1, 2)
+    y = F.conv2d(
+        x.reshape(1, images * channels, height, width),
+        weight.reshape(images * out, *weight.shape[2:]),
+        stride=stride,
+        padding=padding,
+        groups=images * groups,
+    )
+    return y.view(images, out, *y.shape[2:])
+
+
+class _Pick(torch.autograd.Function):
+    """Rows of a table [K, ...] for B images, [B, ...]; the gradient as a product, many times faster than a scatter."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, choice: Tensor) -> Tensor:
+        ctx.save_for_backward(choice)
+        ctx.shape = table.shape
+        return table.index_select(0, choice)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (choice,) = ctx.saved_tensors
+        member = F.one_hot(choice, ctx.shape[0]).T.to(grad.dtype)  # [K, B]
+        return (member @ grad.flatten(1)).view(ctx.shape), None
+
+
+class _ChoiceConv2d(torch.autograd.Function):
+    """`choice_conv2d` on a CPU."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, choice: Tensor | None, integers: torch.dtype | None, settings: dict[str, int]
+    ) -> Tensor:
+        ctx.dtype, ctx.choice, ctx.settings = weight.dtype, choice, settings
+        if integers is not None:
+            x, weight = (x if x.dtype == torch.uint8 else to_bytes(x)), weight.to(integers)
+        ctx.save_for_backward(x, weight)
+        if integers is not None and has_byte_products():
+            return by_choice([x], choice, lambda part, k: ByteConv2d(weight[k], **settings)(part))
+        x, weight = x.to(ctx.dtype), weight.to(ctx.dtype)
+        return by_choice([x], choice, lambda part, k: F.conv2d(part, weight[k], **settings))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, groups = (ctx.settings[name] for name in ("stride", "padding", "groups"))
+        needs = ctx.needs_input_grad[:2]
+        grad_weight = torch.zeros(weight.shape, dtype=ctx.dtype)
+
+        def backward(grad: Tensor, x: Tensor, k: int) -> Tensor:
+            grad_x, own_weight, _ = torch.ops.aten.convolution_backward(
+                grad, x.to(ctx.dtype), weight[k].to(ctx.dtype), None, [stride] * 2, [padding] * 2, [1, 1],
+                transposed=False, output_padding=[0, 0], groups=groups, output_mask=[*needs, False],
+            )  # fmt: skip
+            if needs[1]:
+                grad_weight[k] = own_weight
+            return grad_x
+
+        grad_x = by_choice([grad.contiguous(memory_format=torch.channels_last), x], ctx.choice, backward)
+        return grad_x, grad_weight if needs[1] else None, None, None, None
+
+
+def by_choice(
+    tensors: Sequence[Tensor], choice: Tensor | None, function: Callable[..., Tensor | None]
+) -> Tensor | None:
+    """What `function(*parts, k)` makes of the images of each choice k, joined to one batch, channels-last.
+
+    Args:
+        tensors: of the whole batch, [B, C, H, W], channels-last.
+        choice: [B]; None for choice 0 throughout.
+        function: of those of n images, to [n, C', H', W'], channels-last, or None.
+    """
+    present = [0] if choice is None else choice.unique().tolist()
+    if len(present) == 1:
+        return function(*tensors, present[0])
+    joined = None
+    for k in present:
+        images = (choice == k).nonzero().squeeze(1)
+        part = function(*(_of(tensor, images) for tensor in tensors), k)
+        if part is not None:
+            rows = _rows(part)
+            joined = rows.new_empty(len(choice), *rows.shape[1:]) if joined is None else joined
+            for image, row in zip(images.tolist(), rows, strict=True):  # faster than an assignment to `images`
+                joined[image].copy_(row)
+    return None if joined is None else joined.permute(0, 3, 1, 2)
+
+
+def _of(x: Tensor, images: Tensor) -> Tensor:
+    """Those images of a batch that is channels-last, and they too."""
+    rows = _rows(x)
+    return rows.flatten(1).index_select(0, images).view(-1, *rows.shape[1:]).permute(0, 3, 1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+class ByteConv2d:
+    """Convolution of bytes with one weight of whole numbers, exact, for processors that `has_byte_products` tells of.
+
+    Args:
+        weight: [out, in / groups, kh, kw], whole numbers of up to 13 bits.
+        stride, padding, groups: as in `torch.nn.Conv2d`.
+        zero: the byte that stands for 0; it is also the padding.
+    """
+
+    def __init__(self, weight: Tensor, *, stride: int, padding: int, groups: int, zero: int = 0) -> None:
+        self.stride, self.padding, self.groups, self.zero = [stride] * 2, [padding] * 2, groups, zero
+        self.is_matrix = weight.shape[2:] == (1, 1) and groups == 1 and stride == 1
+        self.unscaled = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+        self.parts: list[tuple[Tensor, float]] = []  # the weight is their sum, each times its factor
+        for part, factor in _byte_parts(weight):
+            if self.is_matrix:
+                packed = torch.ops.onednn.qlinear_prepack(part.flatten(1).contiguous(), None)
+            else:
+                packed = torch.ops.onednn.qconv_prepack(
+                    part.contiguous(), self.unscaled[0], 1.0, zero, self.stride, self.padding, [1, 1], groups, None
+                )
+            self.parts.append((packed, factor))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """uint8 [B, in, H, W], channels-last -> float32 [B, out, H', W'], channels-last; exact below 2^24."""
+        (packed, factor), *others = self.parts
+        y = self._sums(x, packed)
+        if not others:
+            return y
+        y *= factor
+        for packed, factor in others:
+            y.add_(self._sums(x, packed), alpha=factor)
+        return y
+
+    def _sums(self, x: Tensor, packed: Tensor) -> Tensor:
+        if self.is_matrix:
+            rows = _rows(x)
+            y = torch.ops.onednn.qlinear_pointwise(
+                rows.flatten(0, 2), 1.0, self.zero, packed, *self.unscaled, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+            return y.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+        return torch.ops.onednn.qconv2d_pointwise(
+            x, 1.0, self.zero, packed, *self.unscaled, None, self.stride, self.padding, [1, 1], self.groups,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+
+
+def _byte_parts(weight: Tensor) -> list[tuple[Tensor, float]]:
+    """int8 tensors and factors whose products sum up to `weight`."""
+    if weight.dtype == torch.int8:
+        return [(weight, 1.0)]
+    weight = weight.to(torch.int32)
+    lowest, highest = weight.min().item(), weight.max().item()
+    shift = 0
+    while lowest >> shift < -128 or highest >> shift > 127:
+        shift += 1
+    parts = [((weight >> shift).to(torch.int8), 2.0**shift)]
+    if shift:
+        parts.append(((weight & (2**shift - 1)).to(torch.int8), 1.0))
+    return parts
+
+
+@functools.cache
+def has_byte_products() -> bool:
+    """Whether this processor multiplies bytes fast, and oneDNN exactly.
+
+    Without 8-bit dot products, libraries may add pairs of products in 16 bits, which saturates.
+    """
+    return torch.cpu._is_vnni_supported() and _products_are_exact()
+
+
+def _products_are_exact() -> bool:
+    """Whether the largest products and random ones come out right, in kernels of each kind."""
+    g = torch.Generator().manual_seed(0)
+    try:
+        for inside, out, size, stride, groups in ((64, 64, 1, 1, 1), (33, 5, 3, 2, 1), (32, 32, 3, 1, 32)):
+            drawn = torch.randint(-128, 128, (out, inside // groups, size, size), generator=g, dtype=torch.int8)
+            bytes_ = torch.randint(256, (2, inside, 12, 13), generator=g, dtype=torch.uint8)
+            for weight in (drawn, torch.full_like(drawn, -128), torch.full_like(drawn, 127)):
+                for x in (bytes_, torch.full_like(bytes_, 255)):
+                    x = x.contiguous(memory_format=torch.channels_last)
+                    settings = {"stride": stride, "padding": size // 2, "groups": groups}
+                    found = ByteConv2d(weight, **settings)(x)
+                    if not torch.equal(found.double(), F.conv2d(x.double(), weight.double(), **settings)):
+                        return False
+    except (RuntimeError, AttributeError):  # not built for this processor, or not in this version of torch
+        return False
+    return True

@@ -1,0 +1,179 @@
+"""Convolutions by choice equal a loop over images; products of bytes equal those of float64, or are not used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instaqnas.quant import convolution, switchable
+from instaqnas.quant.convolution import ByteConv2d, choice_conv2d, has_byte_products, per_image_conv2d
+from instaqnas.quant.switchable import SwitchableConv2d
+
+needs_bytes = pytest.mark.skipif(not has_byte_products(), reason="no fast products of bytes on this machine")
+SHAPES = {  # in, out, kernel, stride, padding, groups
+    "pointwise": (4, 6, 1, 1, 0, 1),
+    "strided pointwise": (4, 6, 1, 2, 0, 1),
+    "strided": (4, 6, 3, 2, 1, 1),
+    "depthwise": (4, 4, 3, 1, 1, 4),
+    "strided depthwise": (5, 5, 3, 2, 1, 5),
+    "two groups": (4, 6, 3, 1, 1, 2),
+    "one channel": (1, 2, 1, 1, 0, 1),
+    "7x7": (3, 4, 7, 2, 3, 1),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def levels(shape: tuple[int, ...], lowest: int, highest: int, seed: int = 0) -> Tensor:
+    return torch.randint(lowest, highest + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def exact(x: Tensor, weight: Tensor, choice: list[int], **settings: int) -> Tensor:
+    """By a loop over images, in float64."""
+    return torch.cat([F.conv2d(x[b : b + 1].double(), weight[k].double(), **settings) for b, k in enumerate(choice)])
+
+
+@shapes
+def test_per_image_convolution_equals_a_loop(shape: tuple[int, ...]) -> None:
+    channels, out, kernel, stride, padding, groups = shape
+    x = torch.randn(3, channels, 5, 8, dtype=torch.float64)
+    weight = torch.randn(3, out, channels // groups, kernel, kernel, dtype=torch.float64)
+    settings = {"stride": stride, "padding": padding, "groups": groups}
+    found = per_image_conv2d(x, weight, **settings)
+    torch.testing.assert_close(found, exact(x, weight, [0, 1, 2], **settings))
+
+
+@pytest.mark.parametrize("integers", [None, torch.int8, torch.int16])
+@pytest.mark.parametrize("choice", [[2, 0, 2, 1, 0], [1, 1, 1, 1, 1]], ids=["mixed", "one"])
+@shapes
+def test_sums_of_levels_and_their_gradients_equal_a_loop(
+    shape: tuple[int, ...], choice: list[int], integers: torch.dtype | None
+) -> None:
+    """Sums of levels are exact in float32, and so to the last bit, however they are multiplied."""
+    channels, out, kernel, stride, padding, groups = shape
+    settings = {"stride": stride, "padding": padding, "groups": groups}
+    x = levels((5, channels, 7, 9), 0, 255).requires_grad_()
+    ends = (-128, 127) if integers == torch.int8 else (-255, 255)
+    weight = levels((3, out, channels // groups, kernel, kernel), *ends, seed=1).requires_grad_()
+    y = choice_conv2d(x, weight, torch.tensor(choice), **settings, integers=integers)
+    theirs = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    expected = exact(*theirs, choice, **settings)
+    assert torch.equal(y.double(), expected)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    y.backward(upstream)
+    expected.backward(upstream.double())
+    for ours, own in zip((x, weight), theirs, strict=True):
+        torch.testing.assert_close(ours.grad.double(), own.grad, rtol=1e-4, atol=1e-4 * own.grad.abs().max().item())
+
+
+def test_where_no_gradient_of_the_input_is_needed_that_of_the_weight_is_the_same() -> None:
+    x, weight = levels((4, 3, 5, 5), 0, 15), levels((2, 4, 3, 3, 3), -8, 7).requires_grad_()
+    choice, settings = torch.tensor([1, 0, 1, 1]), {"stride": 1, "padding": 1, "groups": 1}
+    choice_conv2d(x, weight, choice, **settings, integers=torch.int8).sum().backward()
+    own = weight.detach().double().requires_grad_()
+    exact(x, own, choice.tolist(), **settings).sum().backward()
+    assert torch.equal(weight.grad.double(), own.grad)
+
+
+@needs_bytes
+@pytest.mark.parametrize("kind", [{}, {"weights": "nested"}, {"quantizer": "dorefa"}, {"quantizer": "pact"}])
+@pytest.mark.parametrize("kernel", [1, 3])
+@torch.no_grad()
+def test_a_layer_on_bytes_equals_itself_in_floating_point(
+    kernel: int, kind: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = SwitchableConv2d(16, 8, kernel, [(2, 2), (8, 8), (4, 8)], **kind).eval()
+    x, choice = 2 * torch.randn(6, 16, 9, 9), torch.tensor([1, 0, 2, 1, 0, 1])
+    layer.initialize_steps(x)
+    bytes_seen = []
+    multiply = ByteConv2d.__call__
+    monkeypatch.setattr(ByteConv2d, "__call__", lambda conv, x: bytes_seen.append(x.dtype) or multiply(conv, x))
+    by_bytes = layer(x, choice).value()
+    assert bytes_seen == [torch.uint8] * 3
+    with torch.enable_grad():
+        in_training = layer(x, choice).value()
+    assert len(bytes_seen) == 6
+    for module in (convolution, switchable):
+        monkeypatch.setattr(module, "has_byte_products", lambda: False)
+    in_floats = layer(x, choice).value()
+    assert len(bytes_seen) == 6
+    assert torch.equal(by_bytes, in_floats)
+    assert torch.equal(in_training, in_floats)
+
+
+# --- Bytes ------------------------------------------------------------------------------------------------------------
+
+WEIGHTS = {
+    "2 bits": (-2, 1),
+    "8 bits": (-128, 127),
+    "one above 8 bits": (-128, 128),
+    "one below 8 bits": (-129, 127),
+    "odd levels of 8 bits": (-255, 255),
+    "only the highest": (255, 255),
+    "only the lowest": (-255, -255),
+    "never negative": (0, 200),
+    "13 bits": (-4096, 4095),
+}
+
+
+@needs_bytes
+@pytest.mark.parametrize("zero", [0, 128, 255])
+@pytest.mark.parametrize("ends", WEIGHTS.values(), ids=WEIGHTS.keys())
+@shapes
+def test_products_of_bytes_are_exact(shape: tuple[int, ...], ends: tuple[int, int], zero: int) -> None:
+    channels, out, kernel, stride, padding, groups = shape
+    settings = {"stride": stride, "padding": padding, "groups": groups}
+    weight = levels((out, channels // groups, kernel, kernel), *ends)
+    convolve = ByteConv2d(weight, **settings, zero=zero)
+    drawn = levels((2, channels, 6, 9), 0, 255, seed=1)
+    for x in (drawn, torch.full_like(drawn, 255), torch.zeros_like(drawn)):
+        found = convolve(x.to(torch.uint8).contiguous(memory_format=torch.channels_last))
+        assert torch.equal(found.double(), F.conv2d(x.double() - zero, weight.double(), **settings))
+
+
+def saturating(x: Tensor, weight: Tensor, **settings: int) -> Tensor:
+    """As AVX-512 without 8-bit dot products: products are added in pairs in 16 bits."""
+    if settings["groups"] > 1 or weight.shape[1] < 2:
+        return F.conv2d(x, weight, **settings)
+    pairs = [
+        F.conv2d(x[:, i : i + 2], weight[:, i : i + 2], **settings).clamp(-(2**15), 2**15 - 1)
+        for i in range(0, weight.shape[1], 2)
+    ]
+    return sum(pairs)
+
+
+def missing(x: Tensor, weight: Tensor, **settings: int) -> Tensor:
+    raise RuntimeError("not built for this processor")
+
+
+@pytest.mark.parametrize(
+    ("convolve", "exact"),
+    [
+        (F.conv2d, True),
+        (saturating, False),
+        (lambda x, weight, **settings: F.conv2d(x, weight, **settings) + 1, False),
+        (missing, False),
+    ],
+)
+def test_bytes_are_multiplied_only_where_that_is_exact(
+    convolve: Callable, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fake:
+        def __init__(self, weight: Tensor, **settings: int) -> None:
+            self.weight, self.settings = weight, settings
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return convolve(x.double(), self.weight.double(), **self.settings)
+
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(convolution, "ByteConv2d", Fake)
+    assert has_byte_products.__wrapped__() == exact
+
+
+def test_without_8_bit_dot_products_bytes_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert not has_byte_products.__wrapped__()
