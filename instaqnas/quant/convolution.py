@@ -113,19 +113,21 @@ class _ChoiceConv2d(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, padding, groups = (ctx.settings[name] for name in ("stride", "padding", "groups"))
         needs = ctx.needs_input_grad[:2]
-        grad_weight = torch.zeros(weight.shape, dtype=ctx.dtype)
+        of_weights = {}
 
         def backward(grad: Tensor, x: Tensor, k: int) -> Tensor:
-            grad_x, own_weight, _ = torch.ops.aten.convolution_backward(
+            grad_x, of_weights[k], _ = torch.ops.aten.convolution_backward(
                 grad, x.to(ctx.dtype), weight[k].to(ctx.dtype), None, [stride] * 2, [padding] * 2, [1, 1],
                 transposed=False, output_padding=[0, 0], groups=groups, output_mask=[*needs, False],
             )  # fmt: skip
-            if needs[1]:
-                grad_weight[k] = own_weight
             return grad_x
 
         grad_x = by_choice([grad.contiguous(memory_format=torch.channels_last), x], ctx.choice, backward)
-        return grad_x, grad_weight if needs[1] else None, None, None, None
+        grad_weight = None
+        if needs[1]:
+            absent = torch.zeros(weight.shape[1:], dtype=ctx.dtype)
+            grad_weight = torch.stack([of_weights.get(k, absent) for k in range(len(weight))])
+        return grad_x, grad_weight, None, None, None
 
 
 def by_choice(

@@ -30,18 +30,21 @@ SMALL = 2**15  # elements up to which a pass is not worth a compiled function's 
 
 
 def clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """Levels clip(round(scale * y + shift), lowest, highest), like `y`, with straight-through rounding.
+    """Levels clip(round(scale * y + shift), lowest, highest), with straight-through rounding.
 
     Gradients: where scale * y + shift lies inside the range, its ends included, that of the identity; outside, that of
     the end that clips.
 
     Args:
-        y: [B, C, ...].
+        y: [B, C, ...], or [1, C, ...] that all of B share.
         scale, shift: [B, C].
         lowest, highest: [B]; integers, but for what a learned range adds to their gradient.
+
+    Returns: [B, C, ...].
     """
     rows, channels = _rows(y)
-    return _like(y, _ClipRound.apply(rows, scale, shift, lowest, highest, channels), channels)
+    levels = _ClipRound.apply(rows, scale, shift, lowest, highest, channels)
+    return levels.permute(0, 3, 1, 2) if channels == "last" else levels.view(len(scale), *y.shape[1:])
 
 
 def sums_of_powers(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +54,7 @@ def sums_of_powers(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     rows, channels = _rows(y)
     same, sums, squares = _SumsOfPowers.apply(rows, channels)
-    return _like(y, same, channels), sums, squares
+    return same.permute(0, 3, 1, 2) if channels == "last" else same.view(y.shape), sums, squares
 
 
 def clip_round_bytes(
@@ -129,11 +132,6 @@ def _rows(y: Tensor) -> tuple[Tensor, Channels]:
     return y.flatten(2), "first"
 
 
-def _like(y: Tensor, rows: Tensor, channels: Channels) -> Tensor:
-    """The inverse of `_rows`."""
-    return rows.permute(0, 3, 1, 2) if channels == "last" else rows.view(y.shape)
-
-
 # --- The passes: y [B, C, N], or with `channels` last [B, H, W, C]; tables [B, C] or [B] ------------------------------
 
 
@@ -174,6 +172,8 @@ def _clip_round_backward(
     inside = _clipped(position, lowest, highest).eq_(position)  # 0 or 1
     passed = inside.mul_(grad)
     grad_y = (passed * _spread(scale, channels)).to(y.dtype)
+    if len(y) < len(scale):  # shared
+        grad_y = grad_y.sum(0, keepdim=True)
     return grad_y, _over_pixels(passed * y, channels), _over_pixels(passed, channels)
 
 

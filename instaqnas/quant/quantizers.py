@@ -134,15 +134,16 @@ class WeightQuantizer(Quantizer):
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """See the class."""
-        copies = weight.expand(len(self.lowest), *weight.shape[-4:])
+        weight = weight.view(-1, *weight.shape[-4:])  # [1 or K, ...]
         if not self.any_quantized:
-            return copies, None
-        levels, step = self._levels(copies)
+            return weight.expand(len(self.lowest), *weight.shape[1:]), None
+        levels, step = self._levels(weight)
         if not self.all_quantized:
-            levels = torch.where(self.is_quantized.view(-1, 1, 1, 1, 1), levels, copies)
+            levels = torch.where(self.is_quantized.view(-1, 1, 1, 1, 1), levels, weight)
         return levels, step
 
-    def _levels(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+    def _levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels [K, ...] and step sizes of a weight [1 or K, ...]."""
         raise NotImplementedError
 
 
@@ -171,10 +172,10 @@ class LsqWeights(WeightQuantizer):
                 magnitude = magnitude.mean(1, keepdim=True)
             self.log_step.copy_(_first_lsq_step(magnitude, self.highest).log())
 
-    def _levels(self, copies: Tensor) -> tuple[Tensor, Tensor]:
-        step, lowest, highest = self.grid(copies[0].numel() // self.log_step.shape[1])
-        scale = step.reciprocal().expand(copies.shape[:2])
-        return clip_round(copies, scale, torch.zeros_like(scale), lowest, highest), step
+    def _levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        step, lowest, highest = self.grid(weight[0].numel() // self.log_step.shape[1])
+        scale = step.reciprocal().expand(-1, weight.shape[1])
+        return clip_round(weight, scale, torch.zeros_like(scale), lowest, highest), step
 
 
 class NestedWeights(WeightQuantizer):
@@ -212,10 +213,10 @@ class NestedWeights(WeightQuantizer):
             step = _first_lsq_step(magnitude, highest) / 2 ** (self.widest - self.narrowest)
             self.log_step.copy_(step.log())
 
-    def _levels(self, copies: Tensor) -> tuple[Tensor, Tensor]:
-        step, lowest, highest = self.grid(copies[0].numel() // self.log_step.shape[1])
+    def _levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        step, lowest, highest = self.grid(weight[0].numel() // self.log_step.shape[1])
         # Step sizes differ by powers of two, so that the floors are nested to the last bit.
-        position = copies / step[..., None, None, None]
+        position = weight / step[..., None, None, None]
         lowest, highest = (end.view(-1, 1, 1, 1, 1) for end in (lowest, highest))
         passed = position.clamp(lowest, highest)
         levels = (2 * (position / 2).floor() + 1).clamp(lowest, highest)
@@ -237,11 +238,11 @@ class DoReFaWeights(WeightQuantizer):
         last = 2 * self.highest + 1  # 2^b - 1
         return Grid(self._step_column(last.reciprocal()[:, None]), -last, last)
 
-    def _levels(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+    def _levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         step, _, last = self.grid(1)
-        squashed = copies.tanh()
+        squashed = weight.tanh()
         largest = squashed.detach().abs().amax((1, 2, 3, 4), keepdim=True).clamp(min=SMALLEST_STEP)
-        half = (last / 2)[:, None].expand(copies.shape[:2])
+        half = (last / 2)[:, None].expand(-1, weight.shape[1])
         index = clip_round(squashed / largest, half, half, torch.zeros_like(last), last)
         scale = torch.where(self.is_quantized, largest.flatten(), 1.0)
         return 2 * index - last.view(-1, 1, 1, 1, 1), step * scale[:, None]
