@@ -45,8 +45,19 @@ def choice_conv2d(
         settings = {"stride": stride, "padding": padding, "groups": groups}
         return _ChoiceConv2d.apply(x, weight, choice, integers if weight.dtype == torch.float32 else None, settings)
     if choice is None:
-        return F.conv2d(x, weight[0], stride=stride, padding=padding, groups=groups)
+        return plain_conv2d(x, weight[0], stride, padding, groups)
     return per_image_conv2d(x, _Pick.apply(weight, choice), stride, padding, groups)
+
+
+def plain_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
+    """`F.conv2d`, but for maps of one pixel in float32 under autocast on a CPU.
+
+    There oneDNN's gradient of a strided 3x3 weight in bf16 is not even finite (torch 2.14, AVX512-BF16).
+    """
+    if x.device.type == "cpu" and x.shape[2:] == (1, 1) and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return F.conv2d(x.float(), weight.float(), stride=stride, padding=padding, groups=groups)
+    return F.conv2d(x, weight, stride=stride, padding=padding, groups=groups)
 
 
 def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
@@ -64,12 +75,12 @@ def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, group
         rows = x.permute(0, 2, 3, 1).reshape(images, height * width, channels)
         y = torch.bmm(rows, weight.view(images, out, channels).transpose(1, 2))
         return y.view(images, height, width, out).permute(0, 3, 1, 2)
-    y = F.conv2d(
+    y = plain_conv2d(
         x.reshape(1, images * channels, height, width),
         weight.reshape(images * out, *weight.shape[2:]),
-        stride=stride,
-        padding=padding,
-        groups=images * groups,
+        stride,
+        padding,
+        images * groups,
     )
     return y.view(images, out, *y.shape[2:])
 

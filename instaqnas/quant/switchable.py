@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instaqnas import ranks
-from instaqnas.quant.convolution import choice_conv2d, has_byte_products
+from instaqnas.quant.convolution import choice_conv2d, has_byte_products, plain_conv2d
 from instaqnas.quant.fused import sums_of_powers
 from instaqnas.quant.quantizers import (
     Affine,
@@ -187,9 +187,11 @@ class SwitchableConv2d(nn.Module):
         x = as_affine(x)
         x, input_step = self.input_quantizer(x, choice, as_bytes=self._reads_bytes(x))
         weight, weight_step = self.weight_quantizer(self.weight)
-        y = choice_conv2d(
-            x, weight, choice, stride=self.stride, padding=self.padding, groups=self.groups, integers=self.integers
-        )
+        settings = {"stride": self.stride, "padding": self.padding, "groups": self.groups}
+        if choice is None and input_step is None:
+            y = plain_conv2d(x, weight[0], **settings)
+        else:
+            y = choice_conv2d(x, weight, choice, **settings, integers=self.integers)
         factor = _product(None if input_step is None else input_step[:, None], weight_step)  # [K, 1] or [K, out]
         if self.norm is not None:
             return self.norm(y, factor, choice)

@@ -105,6 +105,23 @@ def test_a_layer_on_bytes_equals_itself_in_floating_point(
     assert torch.equal(in_training, in_floats)
 
 
+@pytest.mark.parametrize("shape", [(8, 16, 3, 2, 1, 1), (8, 8, 3, 1, 1, 8), (8, 16, 1, 1, 0, 1)])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_gradients_in_bf16_are_close_on_maps_of_any_size(size: int, shape: tuple[int, ...]) -> None:
+    channels, out, kernel, stride, padding, groups = shape
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, channels, size, size, generator=g).requires_grad_()
+    weight = torch.randn(1, out, channels // groups, kernel, kernel, generator=g).requires_grad_()
+    settings = {"stride": stride, "padding": padding, "groups": groups}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = choice_conv2d(x, weight, None, **settings, integers=None)
+    y.float().square().sum().backward()
+    theirs = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    F.conv2d(theirs[0], theirs[1][0], **settings).square().sum().backward()
+    for ours, own in zip((x, weight), theirs, strict=True):
+        torch.testing.assert_close(ours.grad.double(), own.grad, rtol=0, atol=0.05 * own.grad.abs().max().item())
+
+
 # --- Bytes ------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = {
