@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from instaqnas.quant.fused import to_bytes
 
+ROWS_WORTH_PACKING = 1024  # pixels of a map, over images, for which bytes gain more than packing a weight takes
+
 
 def choice_conv2d(
     x: Tensor,
@@ -33,7 +35,7 @@ def choice_conv2d(
     """Convolution of image b with `weight[choice[b]]`: [B, out, H', W'], channels-last but where a GPU prefers others.
 
     Args:
-        x: [B, in, H, W]; uint8 where no gradient is needed and the processor multiplies bytes.
+        x: [B, in, H, W].
         weight: [K, out, in / groups, kh, kw].
         choice: [B] indices of the K weights; None where K = 1.
         stride, padding, groups: as in `torch.nn.Conv2d`.
@@ -110,13 +112,15 @@ class _ChoiceConv2d(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, choice: Tensor | None, integers: torch.dtype | None, settings: dict[str, int]
     ) -> Tensor:
         ctx.dtype, ctx.choice, ctx.settings = weight.dtype, choice, settings
-        if integers is not None:
-            x, weight = (x if x.dtype == torch.uint8 else to_bytes(x)), weight.to(integers)
-        ctx.save_for_backward(x, weight)
-        if integers is not None and has_byte_products():
-            return by_choice([x], choice, lambda part, k: ByteConv2d(weight[k], **settings)(part))
-        x, weight = x.to(ctx.dtype), weight.to(ctx.dtype)
-        return by_choice([x], choice, lambda part, k: F.conv2d(part, weight[k], **settings))
+        kept_x, kept_weight = (x, weight) if integers is None else (to_bytes(x), weight.to(integers))
+        ctx.save_for_backward(kept_x, kept_weight)
+
+        def convolve(part: Tensor, kept: Tensor, k: int) -> Tensor:
+            if integers is not None and _rows(part)[..., 0].numel() >= ROWS_WORTH_PACKING and has_byte_products():
+                return ByteConv2d(kept_weight[k], **settings)(kept)
+            return F.conv2d(part, weight[k], **settings)
+
+        return by_choice([x, kept_x], choice, convolve)
 
     @staticmethod
     @once_differentiable

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instaqnas import ranks
-from instaqnas.quant.convolution import choice_conv2d, has_byte_products, plain_conv2d
+from instaqnas.quant.convolution import ByteConv2d, by_choice, choice_conv2d, has_byte_products, plain_conv2d
 from instaqnas.quant.fused import sums_of_powers
 from instaqnas.quant.quantizers import (
     Affine,
@@ -28,6 +28,7 @@ from instaqnas.quant.quantizers import (
 
 BitChoice = tuple[int, int]
 WeightSharing = Literal["shared", "separate", "nested"]
+PackedWeight = tuple[list[ByteConv2d], Tensor]  # of each choice; step sizes as those of a weight quantizer
 
 
 class PerChoiceBatchNorm(nn.Module):
@@ -162,6 +163,7 @@ class SwitchableConv2d(nn.Module):
         super().__init__()
         self.choices = tuple(choices)
         self.stride, self.padding, self.groups = stride, kernel_size // 2, groups
+        self._settings = {"stride": self.stride, "padding": self.padding, "groups": self.groups}
         weight = torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size)
         nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
         if weights == "separate" and len(self.choices) > 1:
@@ -179,19 +181,25 @@ class SwitchableConv2d(nn.Module):
         self.input_quantizer = activation_quantizer(quantizer, input_bits, signed=signed_input)
         has_integers = self.input_quantizer.has_bytes and self.weight_quantizer.all_quantized
         self.integers = self.weight_quantizer.integers if has_integers else None
+        self._packed: tuple[list[tuple[int, int]], PackedWeight] | None = None  # with what it was packed from
 
     def forward(self, x: Affine | Tensor, choice: Tensor | None = None) -> Affine:
         """[B, in, H, W] -> [B, out, H', W'], image b at bit choice `choice[b]`; `choice` [B] is unused where K = 1."""
         if len(self.choices) == 1:
             choice = None
         x = as_affine(x)
-        x, input_step = self.input_quantizer(x, choice, as_bytes=self._reads_bytes(x))
-        weight, weight_step = self.weight_quantizer(self.weight)
-        settings = {"stride": self.stride, "padding": self.padding, "groups": self.groups}
-        if choice is None and input_step is None:
-            y = plain_conv2d(x, weight[0], **settings)
+        if self._reads_bytes(x):
+            levels, input_step = self.input_quantizer(x, choice, as_bytes=True)
+            convolutions, weight_step = self._packed_weight()
+            y = by_choice([levels], choice, lambda part, k: convolutions[k](part))
         else:
-            y = choice_conv2d(x, weight, choice, **settings, integers=self.integers)
+            self._packed = None  # fused optimizers change a weight, after this, without giving it a new version
+            levels, input_step = self.input_quantizer(x, choice)
+            weight, weight_step = self.weight_quantizer(self.weight)
+            if choice is None and input_step is None:
+                y = plain_conv2d(levels, weight[0], **self._settings)
+            else:
+                y = choice_conv2d(levels, weight, choice, **self._settings, integers=self.integers)
         factor = _product(None if input_step is None else input_step[:, None], weight_step)  # [K, 1] or [K, out]
         if self.norm is not None:
             return self.norm(y, factor, choice)
@@ -199,9 +207,23 @@ class SwitchableConv2d(nn.Module):
         return Affine(y, of_images(scale, choice, len(y)), shift)
 
     def _reads_bytes(self, x: Affine) -> bool:
-        """Whether the convolution can do with bytes alone."""
-        on_cpu = x.y.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and x.y.dtype != torch.float64
-        return self.integers is not None and on_cpu and not torch.is_grad_enabled() and has_byte_products()
+        """Whether all there is to do is to convolve bytes."""
+        in_float32 = x.y.dtype != torch.float64 and not torch.is_autocast_enabled("cpu")
+        on_cpu = x.y.device.type == "cpu" and has_byte_products()
+        return self.integers is not None and not torch.is_grad_enabled() and in_float32 and on_cpu
+
+    def _packed_weight(self) -> PackedWeight:
+        """The weight as bytes, packed once for as long as it does not change."""
+        made_from = [(p.data_ptr(), p._version) for p in (self.weight, *self.weight_quantizer.parameters())]
+        if self._packed is None or self._packed[0] != made_from:
+            weight, step = self.weight_quantizer(self.weight)
+            convolutions = [ByteConv2d(levels, **self._settings) for levels in weight.to(self.integers)]
+            self._packed = made_from, (convolutions, step)
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what is packed, which cannot be copied."""
+        return {**self.__dict__, "_packed": None}
 
     def folded(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale [K, out] and shift [K or 1, out] that stand between the integer sums and the output in evaluation.

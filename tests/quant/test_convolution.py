@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -46,13 +47,19 @@ def test_per_image_convolution_equals_a_loop(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(found, exact(x, weight, [0, 1, 2], **settings))
 
 
+@pytest.mark.parametrize("worth_packing", [1, 10**6])
 @pytest.mark.parametrize("integers", [None, torch.int8, torch.int16])
 @pytest.mark.parametrize("choice", [[2, 0, 2, 1, 0], [1, 1, 1, 1, 1]], ids=["mixed", "one"])
 @shapes
 def test_sums_of_levels_and_their_gradients_equal_a_loop(
-    shape: tuple[int, ...], choice: list[int], integers: torch.dtype | None
+    shape: tuple[int, ...],
+    choice: list[int],
+    integers: torch.dtype | None,
+    worth_packing: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sums of levels are exact in float32, and so to the last bit, however they are multiplied."""
+    monkeypatch.setattr(convolution, "ROWS_WORTH_PACKING", worth_packing)
     channels, out, kernel, stride, padding, groups = shape
     settings = {"stride": stride, "padding": padding, "groups": groups}
     x = levels((5, channels, 7, 9), 0, 255).requires_grad_()
@@ -89,6 +96,7 @@ def test_a_layer_on_bytes_equals_itself_in_floating_point(
     layer = SwitchableConv2d(16, 8, kernel, [(2, 2), (8, 8), (4, 8)], **kind).eval()
     x, choice = 2 * torch.randn(6, 16, 9, 9), torch.tensor([1, 0, 2, 1, 0, 1])
     layer.initialize_steps(x)
+    monkeypatch.setattr(convolution, "ROWS_WORTH_PACKING", 1)
     bytes_seen = []
     multiply = ByteConv2d.__call__
     monkeypatch.setattr(ByteConv2d, "__call__", lambda conv, x: bytes_seen.append(x.dtype) or multiply(conv, x))
@@ -194,3 +202,42 @@ def test_bytes_are_multiplied_only_where_that_is_exact(
 def test_without_8_bit_dot_products_bytes_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert not has_byte_products.__wrapped__()
+
+
+@needs_bytes
+@torch.no_grad()
+def test_a_packed_weight_follows_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = SwitchableConv2d(4, 6, 3, [(3, 3), (4, 4)]).eval()
+    x, choice = torch.randn(4, 4, 8, 8), torch.tensor([0, 1, 1, 0])
+    layer.initialize_steps(x)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+
+    def in_floats() -> Tensor:
+        with torch.enable_grad():
+            return layer(x, choice).value()
+
+    def descend() -> None:
+        with torch.enable_grad():
+            layer(x, choice).value().square().sum().backward()
+        optimizer.step()
+
+    changes = {
+        "nothing": lambda: None,
+        "a step of the optimizer": descend,
+        "a checkpoint": lambda: layer.load_state_dict({k: 1.5 * v for k, v in layer.state_dict().items()}),
+        "a step size": lambda: layer.weight_quantizer.log_step.add_(0.7),
+        "an average": lambda: layer.weight.lerp_(torch.randn(6, 4, 3, 3), 0.5),
+        "another tensor": lambda: setattr(layer, "weight", torch.nn.Parameter(torch.randn(6, 4, 3, 3))),
+    }
+    before = None
+    for name, change in changes.items():
+        change()
+        found = layer(x, choice).value()
+        assert torch.equal(found, in_floats()), name
+        assert before is None or not torch.equal(found, before), name
+        before = found
+    layer(x, choice)
+    monkeypatch.setattr(convolution.ByteConv2d, "__init__", None)  # nothing is packed again
+    assert torch.equal(layer(x, choice).value(), before)
+    assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
