@@ -9,8 +9,9 @@ multiplied as bytes by oneDNN: the sums are the same whole numbers, found severa
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ class _ChoiceConv2d(torch.autograd.Function):
         ctx.save_for_backward(kept_x, kept_weight)
 
         def convolve(part: Tensor, kept: Tensor, k: int) -> Tensor:
-            if integers is not None and _rows(part)[..., 0].numel() >= ROWS_WORTH_PACKING and has_byte_products():
+            if integers is not None and _rows(part)[..., 0].numel() >= ROWS_WORTH_PACKING and uses_bytes():
                 return ByteConv2d(kept_weight[k], **settings)(kept)
             return F.conv2d(part, weight[k], **settings)
 
@@ -240,6 +241,25 @@ def _byte_parts(weight: Tensor) -> list[tuple[Tensor, float]]:
     if shift:
         parts.append(((weight & (2**shift - 1)).to(torch.int8), 1.0))
     return parts
+
+
+_bytes_are_used = True
+
+
+@contextlib.contextmanager
+def in_floating_point() -> Iterator[None]:
+    """Has fake-quantized layers multiply in floating point where bytes would be faster, to compare the two."""
+    global _bytes_are_used
+    _bytes_are_used = False
+    try:
+        yield
+    finally:
+        _bytes_are_used = True
+
+
+def uses_bytes() -> bool:
+    """Whether fake-quantized layers multiply bytes."""
+    return _bytes_are_used and has_byte_products()
 
 
 @functools.cache

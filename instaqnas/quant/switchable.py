@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instaqnas import ranks
-from instaqnas.quant.convolution import ByteConv2d, by_choice, choice_conv2d, has_byte_products, plain_conv2d
+from instaqnas.quant.convolution import ByteConv2d, by_choice, choice_conv2d, plain_conv2d, uses_bytes
 from instaqnas.quant.fused import sums_of_powers
 from instaqnas.quant.quantizers import (
     Affine,
@@ -209,7 +209,7 @@ class SwitchableConv2d(nn.Module):
     def _reads_bytes(self, x: Affine) -> bool:
         """Whether all there is to do is to convolve bytes."""
         in_float32 = x.y.dtype != torch.float64 and not torch.is_autocast_enabled("cpu")
-        on_cpu = x.y.device.type == "cpu" and has_byte_products()
+        on_cpu = x.y.device.type == "cpu" and uses_bytes()
         return self.integers is not None and not torch.is_grad_enabled() and in_float32 and on_cpu
 
     def _packed_weight(self) -> PackedWeight:

@@ -1,8 +1,8 @@
 """Proves integer inference on images: `python -m instaqnas.tools.verify --config FILE --run runs/NAME`.
 
-Runs the test split through the fake-quantized networks and through their integer form, under the policy's bit
-configurations and under random ones, and counts what differs: the integers that enter each layer, the policy's choices
-and the detections.
+Runs the test split through the fake-quantized networks, in float32, and through their integer form, under the policy's
+bit configurations and under random ones, and counts what differs: the integers that enter each layer, the policy's
+choices and the detections.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.bit_config import ChooseBits, greedy_by
-from instaqnas.quant.convolution import has_byte_products
+from instaqnas.quant.convolution import has_byte_products, in_floating_point
 from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.integer import EXACT_IN_FLOAT32, IntegerConv2d, to_integer
 from instaqnas.quant.switchable import SwitchableConv2d
@@ -150,7 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
         command = run_command(options, [*overrides, "--device", "cpu"])
         compile_passes(command.config.runtime.compile)
         checkpoint = command.init or latest_policy_checkpoint(command)
-        results = verify(Experiment(command.config), checkpoint, options.random)
+        with in_floating_point():
+            results = verify(Experiment(command.config), checkpoint, options.random)
     figures = {name: asdict(result) for name, result in results.items()}
     print(json.dumps({**figures, "exact_up_to": EXACT_IN_FLOAT32, "byte_products": has_byte_products()}, indent=1))
     if options.random == 0:

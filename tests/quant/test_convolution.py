@@ -10,8 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instaqnas.quant import convolution, switchable
-from instaqnas.quant.convolution import ByteConv2d, choice_conv2d, has_byte_products, per_image_conv2d
+from instaqnas.quant import convolution
+from instaqnas.quant.convolution import (
+    ByteConv2d,
+    choice_conv2d,
+    has_byte_products,
+    in_floating_point,
+    per_image_conv2d,
+)
 from instaqnas.quant.switchable import SwitchableConv2d
 
 needs_bytes = pytest.mark.skipif(not has_byte_products(), reason="no fast products of bytes on this machine")
@@ -105,9 +111,8 @@ def test_a_layer_on_bytes_equals_itself_in_floating_point(
     with torch.enable_grad():
         in_training = layer(x, choice).value()
     assert len(bytes_seen) == 6
-    for module in (convolution, switchable):
-        monkeypatch.setattr(module, "has_byte_products", lambda: False)
-    in_floats = layer(x, choice).value()
+    with in_floating_point():
+        in_floats = layer(x, choice).value()
     assert len(bytes_seen) == 6
     assert torch.equal(by_bytes, in_floats)
     assert torch.equal(in_training, in_floats)
@@ -214,7 +219,7 @@ def test_a_packed_weight_follows_every_change(monkeypatch: pytest.MonkeyPatch) -
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
 
     def in_floats() -> Tensor:
-        with torch.enable_grad():
+        with in_floating_point():
             return layer(x, choice).value()
 
     def descend() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -14,10 +14,17 @@ from instaqnas.detector.ssd import DetectorBits, SwitchableSSD
 from instaqnas.errors import InputError
 from instaqnas.policy.network import PolicyNet
 from instaqnas.quant import integer
-from instaqnas.quant.convolution import has_byte_products
+from instaqnas.quant.convolution import has_byte_products, in_floating_point
 from instaqnas.quant.integer import InputGrid, IntegerConv2d, integer_conv, to_integer
 from instaqnas.quant.quantizers import Affine, Quantizer
 from instaqnas.quant.switchable import BitChoice, PerChoiceBatchNorm, SwitchableConv2d, calibrate
+
+
+@pytest.fixture(autouse=True)
+def _reference_in_floating_point() -> Iterator[None]:
+    with in_floating_point():
+        yield
+
 
 ENGINES = {"32-bit products": False, "bytes": True}
 CHOICES = {"K=1": [(8, 8)], "K=5": [(2, 2), (8, 3), (3, 8), (8, 8), (6, 5)]}
