@@ -1,10 +1,10 @@
 """Convolution of every image of a batch with the weight of its choice, each image computed once.
 
 On a CPU the images of a choice are convolved together, channels-last; on a GPU, where sorting them would wait for the
-device, every image with a copy of its weight.
+device, and under autocast, every image with a copy of its weight.
 
-Levels from 0 to 255 are bytes. They are kept as bytes for the backward pass, and on processors with 8-bit dot products
-multiplied as bytes by oneDNN: the sums are the same whole numbers, found several times faster than in float32.
+Levels from 0 to 255 are bytes. On a CPU they are kept as bytes for the backward pass, and on processors with 8-bit dot
+products multiplied as bytes by oneDNN: the sums are the same whole numbers, found several times faster than in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from instaqnas.quant.fused import to_bytes
 
-ROWS_WORTH_PACKING = 1024  # pixels of a map, over images, for which bytes gain more than packing a weight takes
+PIXELS_WORTH_PACKING = 1024  # of the images of a choice, for which bytes gain more than packing a weight takes
 
 
 def choice_conv2d(
@@ -33,7 +33,7 @@ def choice_conv2d(
     groups: int,
     integers: torch.dtype | None,
 ) -> Tensor:
-    """Convolution of image b with `weight[choice[b]]`: [B, out, H', W'], channels-last but where a GPU prefers others.
+    """Convolution of image b with `weight[choice[b]]`, [B, out, H', W'].
 
     Args:
         x: [B, in, H, W].
@@ -43,8 +43,8 @@ def choice_conv2d(
         integers: what holds the whole numbers of `weight`, int8 or int16, if `x` has whole numbers from 0 to 255; else
             None.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        x = x.contiguous(memory_format=torch.channels_last)
         settings = {"stride": stride, "padding": padding, "groups": groups}
         return _ChoiceConv2d.apply(x, weight, choice, integers if weight.dtype == torch.float32 else None, settings)
     if choice is None:
@@ -75,9 +75,7 @@ def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, group
     images, channels, height, width = x.shape
     out = weight.shape[1]
     if weight.shape[2:] == (channels, 1, 1) and stride == 1 and padding == 0:  # pointwise: one batched product
-        rows = x.permute(0, 2, 3, 1).reshape(images, height * width, channels)
-        y = torch.bmm(rows, weight.view(images, out, channels).transpose(1, 2))
-        return y.view(images, height, width, out).permute(0, 3, 1, 2)
+        return torch.bmm(weight.view(images, out, channels), x.flatten(2)).view(images, out, height, width)
     y = plain_conv2d(
         x.reshape(1, images * channels, height, width),
         weight.reshape(images * out, *weight.shape[2:]),
@@ -113,15 +111,14 @@ class _ChoiceConv2d(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, choice: Tensor | None, integers: torch.dtype | None, settings: dict[str, int]
     ) -> Tensor:
         ctx.dtype, ctx.choice, ctx.settings = weight.dtype, choice, settings
-        kept_x, kept_weight = (x, weight) if integers is None else (to_bytes(x), weight.to(integers))
-        ctx.save_for_backward(kept_x, kept_weight)
-
-        def convolve(part: Tensor, kept: Tensor, k: int) -> Tensor:
-            if integers is not None and _rows(part)[..., 0].numel() >= ROWS_WORTH_PACKING and uses_bytes():
-                return ByteConv2d(kept_weight[k], **settings)(kept)
-            return F.conv2d(part, weight[k], **settings)
-
-        return by_choice([x, kept_x], choice, convolve)
+        floats, pixels = (x, weight), x.numel() // x.shape[1]
+        if integers is not None:
+            x, weight = to_bytes(x), weight.to(integers)
+        ctx.save_for_backward(x, weight)
+        if integers is not None and pixels >= PIXELS_WORTH_PACKING * len(weight) and uses_bytes():
+            return by_choice([x], choice, lambda part, k: ByteConv2d(weight[k], **settings)(part))
+        x, weight = floats
+        return by_choice([x], choice, lambda part, k: F.conv2d(part, weight[k], **settings))
 
     @staticmethod
     @once_differentiable
@@ -157,8 +154,8 @@ def by_choice(
         function: of those of n images, to [n, C', H', W'], channels-last, or None.
     """
     present = [0] if choice is None else choice.unique().tolist()
-    if len(present) == 1:
-        return function(*tensors, present[0])
+    if len(present) < 2:
+        return function(*tensors, *present or [0])
     joined = None
     for k in present:
         images = (choice == k).nonzero().squeeze(1)
@@ -192,7 +189,7 @@ class ByteConv2d:
 
     def __init__(self, weight: Tensor, *, stride: int, padding: int, groups: int, zero: int = 0) -> None:
         self.stride, self.padding, self.groups, self.zero = [stride] * 2, [padding] * 2, groups, zero
-        self.is_matrix = weight.shape[2:] == (1, 1) and groups == 1 and stride == 1
+        self.is_matrix = weight.shape[2:] == (1, 1) and (stride, padding, groups) == (1, 0, 1)
         self.unscaled = torch.ones(1), torch.zeros(1, dtype=torch.int32)
         self.parts: list[tuple[Tensor, float]] = []  # the weight is their sum, each times its factor
         for part, factor in _byte_parts(weight):
@@ -268,23 +265,29 @@ def has_byte_products() -> bool:
 
     Without 8-bit dot products, libraries may add pairs of products in 16 bits, which saturates.
     """
-    return torch.cpu._is_vnni_supported() and _products_are_exact()
+    try:
+        return torch.cpu._is_vnni_supported() and _products_are_exact()
+    except (RuntimeError, AttributeError):  # not built for this processor, or not in this version of torch
+        return False
 
 
 def _products_are_exact() -> bool:
     """Whether the largest products and random ones come out right, in kernels of each kind."""
     g = torch.Generator().manual_seed(0)
-    try:
-        for inside, out, size, stride, groups in ((64, 64, 1, 1, 1), (33, 5, 3, 2, 1), (32, 32, 3, 1, 32)):
-            drawn = torch.randint(-128, 128, (out, inside // groups, size, size), generator=g, dtype=torch.int8)
-            bytes_ = torch.randint(256, (2, inside, 12, 13), generator=g, dtype=torch.uint8)
-            for weight in (drawn, torch.full_like(drawn, -128), torch.full_like(drawn, 127)):
-                for x in (bytes_, torch.full_like(bytes_, 255)):
-                    x = x.contiguous(memory_format=torch.channels_last)
-                    settings = {"stride": stride, "padding": size // 2, "groups": groups}
-                    found = ByteConv2d(weight, **settings)(x)
-                    if not torch.equal(found.double(), F.conv2d(x.double(), weight.double(), **settings)):
+    settings = {"generator": g, "device": "cpu"}
+    for inside, out, size, stride, groups in (
+        (64, 64, 1, 1, 1),
+        (33, 5, 1, 2, 1),
+        (33, 5, 3, 2, 1),
+        (32, 32, 3, 1, 32),
+    ):
+        drawn = torch.randint(-128, 128, (out, inside // groups, size, size), **settings).to(torch.int8)
+        levels = torch.randint(256, (2, inside, 12, 13), **settings).to(torch.uint8)
+        layer = {"stride": stride, "padding": size // 2, "groups": groups}
+        for weight in (drawn, torch.full_like(drawn, -128), torch.full_like(drawn, 127)):
+            for x in (levels, torch.full_like(levels, 255)):
+                for zero in (0, 128):
+                    found = ByteConv2d(weight, **layer, zero=zero)(x.contiguous(memory_format=torch.channels_last))
+                    if not torch.equal(found.double(), F.conv2d(x.double() - zero, weight.double(), **layer)):
                         return False
-    except (RuntimeError, AttributeError):  # not built for this processor, or not in this version of torch
-        return False
     return True

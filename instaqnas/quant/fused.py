@@ -8,7 +8,7 @@ grid's lowest level, 0, is the ReLU.
 Composed from torch operations each of them is three to five passes; `torch.compile` makes one loop of it
 (`compile_passes`). Only these few functions are compiled, not the network: seconds instead of minutes.
 
-Feature maps may lie in memory as [B, C, H, W] or channels-last; results lie as the map does.
+Feature maps may lie in memory as [B, C, H, W] or channels-last; results but for bytes lie as the map does.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def clip_round_bytes(
         scale, shift: [B, C].
         lowest, highest, offset: [B], whole numbers; lowest + offset to highest + offset lie in 0 to 255.
     """
-    levels = _run(_clip_round_bytes, y.permute(0, 2, 3, 1), scale, shift, lowest, highest, offset)
+    levels = _run(_clip_round_bytes, y.permute(0, 2, 3, 1).contiguous(), scale, shift, lowest, highest, offset)
     return levels.permute(0, 3, 1, 2)
 
 

@@ -1,9 +1,9 @@
 """Integer-exact inference: a network's quantized convolutions replaced by ones that compute on integers alone.
 
-Between the quantization of a layer's input and the one rescale behind its sums there is no float arithmetic: inputs
-are bytes, weights integers of their bit-width, sums 32-bit integers. Scale and shift of the rescale are those of the
-fake-quantized layer in evaluation, applied by the same operations in the same order, so the integers that enter every
-layer are the same as there, as long as float32 holds the sums exactly (below 2^24).
+Between the quantization of a layer's input and the one rescale behind its sums there are whole numbers only: inputs are
+bytes, weights integers of their bit-width, sums 32-bit integers, or float32 that holds the same. Scale and shift of the
+rescale are those of the fake-quantized layer in evaluation, applied by the same operations in the same order, so the
+integers that enter every layer are the same as there, as long as float32 holds the sums exactly (below 2^24).
 
 CPU only. On processors with 8-bit dot products, oneDNN's convolutions of bytes; else 32-bit products, which are slow.
 """
@@ -13,9 +13,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instaqnas.errors import InputError
@@ -75,15 +77,22 @@ class IntegerConv2d(nn.Module):
         self.register_buffer("shift", shift)
         # Levels are stored as bytes with this added, which is also the padding: the zero-point.
         self.offset = -grid.lowest
-        self.byte_convs = None
-        if has_byte_products():
-            settings = {"stride": stride, "padding": self.kernel_size // 2, "groups": groups}
-            zeros = map(int, self.offset.tolist())
-            self.byte_convs = [ByteConv2d(w, **settings, zero=zero) for w, zero in zip(weight, zeros, strict=True)]
-            return
-        taps = weight.flatten(3).transpose(2, 3).flatten(2).to(torch.int32)  # [K, out, kh * kw * in / groups]
-        self.taps = taps.transpose(1, 2).contiguous()  # [K, kh * kw * in / groups, out]
-        self.correction = self.offset.to(torch.int32)[:, None] * taps.sum(2, dtype=torch.int32)  # [K, out]
+
+    @cached_property
+    def byte_convs(self) -> list[ByteConv2d]:
+        """The convolution of each choice, for processors with products of bytes."""
+        settings = {"stride": self.stride, "padding": self.kernel_size // 2, "groups": self.groups}
+        zeros = map(int, self.offset.tolist())
+        return [ByteConv2d(weight, **settings, zero=zero) for weight, zero in zip(self.weight, zeros, strict=True)]
+
+    @cached_property
+    def taps(self) -> Tensor:
+        """The weights for other processors, int32 [K, kh * kw * in / groups, out]."""
+        return self.weight.permute(0, 3, 4, 2, 1).flatten(1, 3).to(torch.int32)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what is made of the weight: packed bytes cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("byte_convs", "taps")}
 
     def forward(self, x: Affine | Tensor, choice: Tensor | None = None) -> Affine:
         """[B, in, H, W] -> [B, out, H', W'], of which `y` are the sums; `choice` [B] is unused where K = 1."""
@@ -105,33 +114,24 @@ class IntegerConv2d(nn.Module):
 
     def sums(self, levels: Tensor, choice: Tensor | None) -> Affine:
         """The convolution of `levels`, not rescaled yet: float32 where bytes are multiplied, else int32."""
-        images = len(levels)
-        y = self._of_integers(levels, choice) if self.byte_convs is None else self._of_bytes(levels, choice)
-        scale, shift = (of_images(table, choice, images) for table in (self.scale, self.shift))
+        by_bytes = has_byte_products()
+        y = by_choice([levels], choice, lambda part, k: self.byte_convs[k](part) if by_bytes else self._slowly(part, k))
+        scale, shift = (of_images(table, choice, len(levels)) for table in (self.scale, self.shift))
         return Affine(y, scale, shift)
 
-    def _of_bytes(self, levels: Tensor, choice: Tensor | None) -> Tensor:
-        return by_choice([levels], choice, lambda part, k: self.byte_convs[k](part))
-
-    def _of_integers(self, levels: Tensor, choice: Tensor | None) -> Tensor:
-        images, levels = len(levels), levels.permute(0, 2, 3, 1)
+    def _slowly(self, levels: Tensor, k: int) -> Tensor:
+        """Sums of images of choice k by 32-bit products, [n, out, H', W']."""
+        images, taps, offset = len(levels), self.taps[k], self.offset[k].to(torch.int32)
         if self.kernel_size > 1:
-            levels = self._padded(levels, choice)
-        taps = of_images(self.taps, choice, images)
+            levels = F.pad(levels, [self.kernel_size // 2] * 4, value=offset.item())
+        rows = levels.permute(0, 2, 3, 1)
         if self.is_depthwise:
-            y = integer_depthwise(levels, taps, self.kernel_size, self.stride)
+            y = integer_depthwise(rows, taps.expand(images, -1, -1), self.kernel_size, self.stride)
         else:
-            patches = _patches(levels, self.kernel_size, self.stride)
-            y = torch.bmm(patches.flatten(1, 2).to(torch.int32), taps).view(*patches.shape[:3], -1)
-        return y.sub_(of_images(self.correction, choice, images)[:, None, None]).permute(0, 3, 1, 2)
-
-    def _padded(self, levels: Tensor, choice: Tensor | None) -> Tensor:
-        images, height, width, channels = levels.shape
-        border = self.kernel_size // 2
-        zero = of_images(self.offset, choice, images).to(levels.dtype).view(-1, 1, 1, 1)
-        padded = zero.expand(-1, height + 2 * border, width + 2 * border, channels).contiguous()
-        padded[:, border : border + height, border : border + width] = levels
-        return padded
+            patches = _patches(rows, self.kernel_size, self.stride)
+            y = torch.bmm(patches.flatten(1, 2).to(torch.int32), taps.expand(images, -1, -1))
+            y = y.view(*patches.shape[:3], -1)
+        return y.sub_(offset * taps.sum(0, dtype=torch.int32)).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

@@ -258,31 +258,35 @@ class ActivationQuantizer(Quantizer):
         super().__init__(bits, signed=signed)
         self.has_bytes = self.all_quantized and not signed  # levels lie in 0 to 255
 
-    def forward(
-        self, x: Affine | Tensor, choice: Tensor | None, *, as_bytes: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Affine | Tensor, choice: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Levels [B, C, H, W], and step sizes [K] (None if no choice is quantized).
 
-        `choice` [B] indexes the K choices; it may be None where there is only one. `as_bytes` gives levels as uint8,
-        channels-last, without gradient, where `has_bytes`.
+        `choice` [B] indexes the K choices; it may be None where there is only one.
         """
         x = as_affine(x)
         if not self.any_quantized:
             return self._unquantized(x), None
+        tables, step = self._tables(x, choice)
+        levels = clip_round(x.y, *tables)
+        if not self.all_quantized:
+            on = of_images(self.is_quantized, choice, len(x.y))
+            levels = torch.where(on.view(-1, 1, 1, 1), levels, self._unquantized(x))
+        return levels, step
+
+    def byte_levels(self, x: Affine, choice: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same where all levels are bytes (`has_bytes`): uint8, channels-last, without gradient."""
+        tables, step = self._tables(x, choice)
+        return clip_round_bytes(x.y, *tables, torch.zeros_like(tables[-1])), step
+
+    def _tables(self, x: Affine, choice: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """What `clip_round` wants: scale and shift [B, C], ends [B]; and the step sizes [K]."""
         images, channels = x.shape[:2]
-        step, lowest, highest = self.grid(x.y[0].numel())
+        step, *ends = self.grid(x.y[0].numel())
         own_step = of_images(step, choice, images)  # [B, 1]
         scale = own_step.reciprocal() if x.scale is None else x.scale / own_step
         shift = torch.zeros_like(scale) if x.shift is None else x.shift / own_step
-        tables = (table.expand(images, channels) for table in (scale, shift))
-        lowest, highest = (of_images(end, choice, images) for end in (lowest, highest))
-        if as_bytes:
-            return clip_round_bytes(x.y, *tables, lowest, highest, torch.zeros_like(lowest)), step.squeeze(1)
-        levels = clip_round(x.y, *tables, lowest, highest)
-        if not self.all_quantized:
-            on = of_images(self.is_quantized, choice, images)
-            levels = torch.where(on.view(-1, 1, 1, 1), levels, self._unquantized(x))
-        return levels, step.squeeze(1)
+        tables = [table.expand(images, channels) for table in (scale, shift)]
+        return [*tables, *(of_images(end, choice, images) for end in ends)], step.squeeze(1)
 
     def _unquantized(self, x: Affine) -> Tensor:
         return x.value() if self.signed else F.relu(x.value())

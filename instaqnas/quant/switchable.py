@@ -28,6 +28,7 @@ from instaqnas.quant.quantizers import (
 
 BitChoice = tuple[int, int]
 WeightSharing = Literal["shared", "separate", "nested"]
+ParameterState = list[tuple[nn.Parameter, int, int]]  # with address and version
 PackedWeight = tuple[list[ByteConv2d], Tensor]  # of each choice; step sizes as those of a weight quantizer
 
 
@@ -163,7 +164,6 @@ class SwitchableConv2d(nn.Module):
         super().__init__()
         self.choices = tuple(choices)
         self.stride, self.padding, self.groups = stride, kernel_size // 2, groups
-        self._settings = {"stride": self.stride, "padding": self.padding, "groups": self.groups}
         weight = torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size)
         nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
         if weights == "separate" and len(self.choices) > 1:
@@ -181,7 +181,7 @@ class SwitchableConv2d(nn.Module):
         self.input_quantizer = activation_quantizer(quantizer, input_bits, signed=signed_input)
         has_integers = self.input_quantizer.has_bytes and self.weight_quantizer.all_quantized
         self.integers = self.weight_quantizer.integers if has_integers else None
-        self._packed: tuple[list[tuple[int, int]], PackedWeight] | None = None  # with what it was packed from
+        self._packed: tuple[ParameterState, PackedWeight] | None = None  # from what, and what
 
     def forward(self, x: Affine | Tensor, choice: Tensor | None = None) -> Affine:
         """[B, in, H, W] -> [B, out, H', W'], image b at bit choice `choice[b]`; `choice` [B] is unused where K = 1."""
@@ -189,11 +189,11 @@ class SwitchableConv2d(nn.Module):
             choice = None
         x = as_affine(x)
         if self._reads_bytes(x):
-            levels, input_step = self.input_quantizer(x, choice, as_bytes=True)
+            levels, input_step = self.input_quantizer.byte_levels(x, choice)
             convolutions, weight_step = self._packed_weight()
             y = by_choice([levels], choice, lambda part, k: convolutions[k](part))
         else:
-            self._packed = None  # fused optimizers change a weight, after this, without giving it a new version
+            self._packed = None
             levels, input_step = self.input_quantizer(x, choice)
             weight, weight_step = self.weight_quantizer(self.weight)
             if choice is None and input_step is None:
@@ -206,19 +206,30 @@ class SwitchableConv2d(nn.Module):
         scale, shift = self._folded_bias(factor)
         return Affine(y, of_images(scale, choice, len(y)), shift)
 
+    @property
+    def _settings(self) -> dict[str, int]:
+        return {"stride": self.stride, "padding": self.padding, "groups": self.groups}
+
     def _reads_bytes(self, x: Affine) -> bool:
         """Whether all there is to do is to convolve bytes."""
-        in_float32 = x.y.dtype != torch.float64 and not torch.is_autocast_enabled("cpu")
-        on_cpu = x.y.device.type == "cpu" and uses_bytes()
-        return self.integers is not None and not torch.is_grad_enabled() and in_float32 and on_cpu
+        if self.integers is None or torch.is_grad_enabled() or x.y.device.type != "cpu":
+            return False
+        return x.y.dtype != torch.float64 and not torch.is_autocast_enabled("cpu") and uses_bytes()
 
     def _packed_weight(self) -> PackedWeight:
-        """The weight as bytes, packed once for as long as it does not change."""
-        made_from = [(p.data_ptr(), p._version) for p in (self.weight, *self.weight_quantizer.parameters())]
-        if self._packed is None or self._packed[0] != made_from:
+        """The weight as bytes, packed once for as long as it does not change.
+
+        A change shows in the version of a parameter. Fused optimizers change it without one, but not before a forward
+        pass with gradients, and that forgets what was packed.
+        """
+        parameters = (self.weight, *self.weight_quantizer.parameters())
+        state = [(parameter, parameter.data_ptr(), parameter._version) for parameter in parameters]
+        if self._packed is None or not _is_same(self._packed[0], state):
             weight, step = self.weight_quantizer(self.weight)
+            if not weight.isfinite().all():  # no byte says so
+                step = torch.full_like(step, torch.nan)
             convolutions = [ByteConv2d(levels, **self._settings) for levels in weight.to(self.integers)]
-            self._packed = made_from, (convolutions, step)
+            self._packed = state, (convolutions, step)
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, object]:
@@ -241,6 +252,10 @@ class SwitchableConv2d(nn.Module):
         self.weight_quantizer.initialize(self.weight)
         x = as_affine(x).value()
         self.input_quantizer.initialize(x if self.input_quantizer.signed else F.relu(x))
+
+
+def _is_same(a: ParameterState, b: ParameterState) -> bool:
+    return all(x[0] is y[0] and x[1:] == y[1:] for x, y in zip(a, b, strict=True))
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from instaqnas.quant import convolution
 from instaqnas.quant.convolution import (
@@ -18,6 +19,7 @@ from instaqnas.quant.convolution import (
     in_floating_point,
     per_image_conv2d,
 )
+from instaqnas.quant.integer import integer_conv
 from instaqnas.quant.switchable import SwitchableConv2d
 
 needs_bytes = pytest.mark.skipif(not has_byte_products(), reason="no fast products of bytes on this machine")
@@ -38,19 +40,20 @@ def levels(shape: tuple[int, ...], lowest: int, highest: int, seed: int = 0) -> 
     return torch.randint(lowest, highest + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
-def exact(x: Tensor, weight: Tensor, choice: list[int], **settings: int) -> Tensor:
+def by_loop(x: Tensor, weight: Tensor, choice: list[int], **settings: int) -> Tensor:
     """By a loop over images, in float64."""
     return torch.cat([F.conv2d(x[b : b + 1].double(), weight[k].double(), **settings) for b, k in enumerate(choice)])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @shapes
-def test_per_image_convolution_equals_a_loop(shape: tuple[int, ...]) -> None:
+def test_per_image_convolution_equals_a_loop(shape: tuple[int, ...], layout: torch.memory_format) -> None:
     channels, out, kernel, stride, padding, groups = shape
-    x = torch.randn(3, channels, 5, 8, dtype=torch.float64)
+    x = torch.randn(3, channels, 5, 8, dtype=torch.float64).contiguous(memory_format=layout)
     weight = torch.randn(3, out, channels // groups, kernel, kernel, dtype=torch.float64)
     settings = {"stride": stride, "padding": padding, "groups": groups}
     found = per_image_conv2d(x, weight, **settings)
-    torch.testing.assert_close(found, exact(x, weight, [0, 1, 2], **settings))
+    torch.testing.assert_close(found, by_loop(x, weight, [0, 1, 2], **settings))
 
 
 @pytest.mark.parametrize("worth_packing", [1, 10**6])
@@ -65,7 +68,7 @@ def test_sums_of_levels_and_their_gradients_equal_a_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sums of levels are exact in float32, and so to the last bit, however they are multiplied."""
-    monkeypatch.setattr(convolution, "ROWS_WORTH_PACKING", worth_packing)
+    monkeypatch.setattr(convolution, "PIXELS_WORTH_PACKING", worth_packing)
     channels, out, kernel, stride, padding, groups = shape
     settings = {"stride": stride, "padding": padding, "groups": groups}
     x = levels((5, channels, 7, 9), 0, 255).requires_grad_()
@@ -73,7 +76,7 @@ def test_sums_of_levels_and_their_gradients_equal_a_loop(
     weight = levels((3, out, channels // groups, kernel, kernel), *ends, seed=1).requires_grad_()
     y = choice_conv2d(x, weight, torch.tensor(choice), **settings, integers=integers)
     theirs = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
-    expected = exact(*theirs, choice, **settings)
+    expected = by_loop(*theirs, choice, **settings)
     assert torch.equal(y.double(), expected)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     y.backward(upstream)
@@ -87,7 +90,7 @@ def test_where_no_gradient_of_the_input_is_needed_that_of_the_weight_is_the_same
     choice, settings = torch.tensor([1, 0, 1, 1]), {"stride": 1, "padding": 1, "groups": 1}
     choice_conv2d(x, weight, choice, **settings, integers=torch.int8).sum().backward()
     own = weight.detach().double().requires_grad_()
-    exact(x, own, choice.tolist(), **settings).sum().backward()
+    by_loop(x, own, choice.tolist(), **settings).sum().backward()
     assert torch.equal(weight.grad.double(), own.grad)
 
 
@@ -102,7 +105,7 @@ def test_a_layer_on_bytes_equals_itself_in_floating_point(
     layer = SwitchableConv2d(16, 8, kernel, [(2, 2), (8, 8), (4, 8)], **kind).eval()
     x, choice = 2 * torch.randn(6, 16, 9, 9), torch.tensor([1, 0, 2, 1, 0, 1])
     layer.initialize_steps(x)
-    monkeypatch.setattr(convolution, "ROWS_WORTH_PACKING", 1)
+    monkeypatch.setattr(convolution, "PIXELS_WORTH_PACKING", 1)
     bytes_seen = []
     multiply = ByteConv2d.__call__
     monkeypatch.setattr(ByteConv2d, "__call__", lambda conv, x: bytes_seen.append(x.dtype) or multiply(conv, x))
@@ -120,17 +123,21 @@ def test_a_layer_on_bytes_equals_itself_in_floating_point(
 
 @pytest.mark.parametrize("shape", [(8, 16, 3, 2, 1, 1), (8, 8, 3, 1, 1, 8), (8, 16, 1, 1, 0, 1)])
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_gradients_in_bf16_are_close_on_maps_of_any_size(size: int, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("picked", [None, [1, 0, 1, 1]], ids=["one", "mixed"])
+def test_gradients_in_bf16_are_close_on_maps_of_any_size(
+    picked: list[int] | None, size: int, shape: tuple[int, ...]
+) -> None:
     channels, out, kernel, stride, padding, groups = shape
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, channels, size, size, generator=g).requires_grad_()
-    weight = torch.randn(1, out, channels // groups, kernel, kernel, generator=g).requires_grad_()
+    weight = torch.randn(2 if picked else 1, out, channels // groups, kernel, kernel, generator=g).requires_grad_()
     settings = {"stride": stride, "padding": padding, "groups": groups}
+    choice = torch.tensor(picked) if picked else None
     with torch.autocast("cpu", torch.bfloat16):
-        y = choice_conv2d(x, weight, None, **settings, integers=None)
+        y = choice_conv2d(x, weight, choice, **settings, integers=None)
     y.float().square().sum().backward()
     theirs = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
-    F.conv2d(theirs[0], theirs[1][0], **settings).square().sum().backward()
+    by_loop(*theirs, picked or [0] * 4, **settings).square().sum().backward()
     for ours, own in zip((x, weight), theirs, strict=True):
         torch.testing.assert_close(ours.grad.double(), own.grad, rtol=0, atol=0.05 * own.grad.abs().max().item())
 
@@ -180,6 +187,10 @@ def missing(x: Tensor, weight: Tensor, **settings: int) -> Tensor:
     raise RuntimeError("not built for this processor")
 
 
+def unknown(x: Tensor, weight: Tensor, **settings: int) -> Tensor:
+    raise AttributeError("no such operator")
+
+
 @pytest.mark.parametrize(
     ("convolve", "exact"),
     [
@@ -187,6 +198,7 @@ def missing(x: Tensor, weight: Tensor, **settings: int) -> Tensor:
         (saturating, False),
         (lambda x, weight, **settings: F.conv2d(x, weight, **settings) + 1, False),
         (missing, False),
+        (unknown, False),
     ],
 )
 def test_bytes_are_multiplied_only_where_that_is_exact(
@@ -197,7 +209,8 @@ def test_bytes_are_multiplied_only_where_that_is_exact(
             self.weight, self.settings = weight, settings
 
         def __call__(self, x: Tensor) -> Tensor:
-            return convolve(x.double(), self.weight.double(), **self.settings)
+            zero = self.settings.pop("zero")
+            return convolve(x.double() - zero, self.weight.double(), **self.settings)
 
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(convolution, "ByteConv2d", Fake)
@@ -206,6 +219,8 @@ def test_bytes_are_multiplied_only_where_that_is_exact(
 
 def test_without_8_bit_dot_products_bytes_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert not has_byte_products.__wrapped__()
+    monkeypatch.delattr(torch.cpu, "_is_vnni_supported")
     assert not has_byte_products.__wrapped__()
 
 
@@ -218,9 +233,11 @@ def test_a_packed_weight_follows_every_change(monkeypatch: pytest.MonkeyPatch) -
     layer.initialize_steps(x)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
 
-    def in_floats() -> Tensor:
+    average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+
+    def in_floats(layer: nn.Module) -> Tensor:
         with in_floating_point():
-            return layer(x, choice).value()
+            return copy.deepcopy(layer)(x, choice).value()
 
     def descend() -> None:
         with torch.enable_grad():
@@ -232,17 +249,49 @@ def test_a_packed_weight_follows_every_change(monkeypatch: pytest.MonkeyPatch) -
         "a step of the optimizer": descend,
         "a checkpoint": lambda: layer.load_state_dict({k: 1.5 * v for k, v in layer.state_dict().items()}),
         "a step size": lambda: layer.weight_quantizer.log_step.add_(0.7),
-        "an average": lambda: layer.weight.lerp_(torch.randn(6, 4, 3, 3), 0.5),
+        "a weight": lambda: layer.weight.lerp_(torch.randn(6, 4, 3, 3), 0.5),
         "another tensor": lambda: setattr(layer, "weight", torch.nn.Parameter(torch.randn(6, 4, 3, 3))),
     }
-    before = None
+    before = layer(x, choice).value()
     for name, change in changes.items():
+        assert layer._packed is not None
         change()
         found = layer(x, choice).value()
-        assert torch.equal(found, in_floats()), name
-        assert before is None or not torch.equal(found, before), name
+        assert torch.equal(found, in_floats(layer)), name
+        assert name == "nothing" or not torch.equal(found, before), name
         before = found
+    average(x, choice)
+    average.update_parameters(layer)
+    average.update_parameters(layer)
+    first = average(x, choice).value()
+    layer.weight.mul_(1.3)
+    average.update_parameters(layer)
+    assert torch.equal(average(x, choice).value(), in_floats(average))
+    assert not torch.equal(average(x, choice).value(), first)
+    before = layer(x, choice).value()
     layer(x, choice)
     monkeypatch.setattr(convolution.ByteConv2d, "__init__", None)  # nothing is packed again
     assert torch.equal(layer(x, choice).value(), before)
     assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
+
+
+@needs_bytes
+@torch.no_grad()
+def test_a_weight_that_is_not_finite_shows() -> None:
+    layer = SwitchableConv2d(4, 6, 1, [(4, 4)], batch_norm=False)
+    x = torch.rand(2, 4, 5, 5)
+    layer.initialize_steps(x)
+    assert layer(x).value().isfinite().all()
+    layer.weight[0, 0] = torch.nan
+    assert layer(x).value().isnan().all()
+
+
+@needs_bytes
+@torch.no_grad()
+def test_an_integer_layer_that_has_run_can_be_copied() -> None:
+    layer = SwitchableConv2d(4, 6, 3, [(4, 4), (2, 2)]).eval()
+    x, choice = torch.rand(2, 4, 5, 5), torch.tensor([1, 0])
+    layer.initialize_steps(x)
+    whole = integer_conv(layer, "layer")
+    y = whole(x, choice).value()
+    assert torch.equal(copy.deepcopy(whole)(x, choice).value(), y)
