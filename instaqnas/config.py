@@ -242,8 +242,9 @@ class SearchConfig(QuantTrainConfig):
         entropy_start: weight of the entropy bonus in the first epoch.
         entropy_end: weight of the entropy bonus in the last epoch; between them it moves linearly.
         baseline: what a sample's reward is compared with, that of the `greedy` configuration or of the others (`rloo`).
-        start: first distribution of the policy, `uniform`, or mostly the best fixed configuration that the target of
-            the reward `budget` allows (`static`).
+        start: first distribution of the policy, `uniform`; mostly the best fixed configuration that the target of the
+            reward `budget` allows (`static`); or `between` the cheapest and a dearer one, for half the images each:
+            the dearer one for those that gain most by it.
         samples: configurations that are drawn and judged for each image of a policy step; `rloo` needs 2.
         normalize_advantage: scale the advantages of a policy step to a root mean square of 1.
     """
@@ -255,7 +256,7 @@ class SearchConfig(QuantTrainConfig):
     entropy_start: float = 0.01
     entropy_end: float = 0.0
     baseline: Literal["greedy", "rloo"] = "greedy"
-    start: Literal["uniform", "static"] = "uniform"
+    start: Literal["uniform", "static", "between"] = "uniform"
     samples: int = 1
     normalize_advantage: bool = True
 
@@ -411,7 +412,9 @@ def _check_combinations(config: Config) -> None:
     _check_policy(config)
     _check_quantizer(config.bits)
     _check_reward(config.reward)
-    if config.search.start == "static" and config.reward.name != "budget":
+    if config.search.start == "between" and not config.policy.effort:
+        raise _unexpected("policy.effort", "true for search.start = between", config.policy.effort)
+    if config.search.start != "uniform" and config.reward.name != "budget":
         raise _unexpected("search.start", f"uniform for reward.name = {config.reward.name}", config.search.start)
     if config.search.baseline == "rloo" and config.search.samples < 2:
         raise _unexpected("search.samples", "at least 2 for search.baseline = rloo", config.search.samples)

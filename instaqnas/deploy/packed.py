@@ -202,6 +202,7 @@ def save_packed(
             "classes": list(class_names),
             "eval": asdict(settings),
             "default_boxes_cxcywh": detector.default_boxes_cxcywh.cpu(),
+            "effort": None if policy.effort is None else policy.effort.cpu(),
             "networks": {
                 kind: {name: _packed_layer(layer, f"{kind}.{name}") for name, layer in _convolutions(network.cpu())}
                 for kind, network in networks.items()
@@ -238,13 +239,18 @@ def load_packed(path: Path) -> IntegerModel:
         boxes = state["default_boxes_cxcywh"]
         if boxes.shape != detector.default_boxes_cxcywh.shape or boxes.dtype != torch.float32:
             raise ValueError(f"expected float32 {list(detector.default_boxes_cxcywh.shape)}")
+        effort = None
+        if policy.effort is not None:
+            where = "effort"
+            effort = state.get("effort", torch.tensor(effort_of(architecture.bits.choices)).expand(policy.effort.shape))
+            if effort.shape != policy.effort.shape or effort.dtype != torch.float32:
+                raise ValueError(f"expected float32 {list(policy.effort.shape)}")
         where = "eval"
         settings = from_plain({"data": {"roots": [str(path)]}, "eval": state["eval"]}).eval  # roots have no default
     except (InputError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, zlib.error) as error:
         raise InputError(f"{path}: {where}: not as this program packs it ({error})") from error
     detector.default_boxes_cxcywh = boxes
-    if policy.effort is not None:
-        policy.effort = torch.tensor(effort_of(architecture.bits.choices))
+    policy.effort = effort
     return IntegerModel(detector.eval(), policy.eval(), class_names, costs, policy_cost, settings)
 
 

@@ -50,8 +50,8 @@ class PolicyNet(nn.Module):
         width: channels of the first block; the paper has 16.
         bits: (weight bits, activation bits) at which the network runs and is counted.
         stem_channels: those of the detector's stem, to look at its features; None looks at the image.
-        effort: what a unit of effort adds to the logits of the K choices, the same at all positions; the network then
-            has one output more, the effort for the image. None has no such output.
+        effort: what a unit of effort adds to the logits of the K choices, the same at all positions until `begin` says
+            otherwise; the network then has one output more, the effort for the image. None has no such output.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class PolicyNet(nn.Module):
             in_channels = units * width
         outputs = positions * choices + (effort is not None)
         self.head = SwitchableConv2d(in_channels, outputs, 1, [bits], batch_norm=False)
-        self.register_buffer("effort", None if effort is None else torch.tensor(effort), persistent=False)
+        self.register_buffer("effort", None if effort is None else torch.tensor(effort).repeat(positions, 1))
         nn.init.normal_(self.head.weight, std=0.01)  # an almost uniform policy to start from
 
     def forward(self, seen: Tensor) -> Tensor:
@@ -86,13 +86,21 @@ class PolicyNet(nn.Module):
 
         With `stem_channels`, for that many features [B, C, H, W] behind their ReLU.
         """
-        x = self.blocks(self._from_image(seen) if self.stem_channels is None else self._from_stem(seen))
-        x = self.head(F.adaptive_avg_pool2d(x, 1)).value().flatten(1)
-        logits = x[:, : self.positions * self.choices].view(-1, self.positions, self.choices)
+        logits, effort = self._outputs(seen)
         if self.effort is None:
             return logits
-        shift = x[:, -1:, None] * self.effort  # not in one operation with the sum, which compiled code may round once
+        shift = effort[:, None, None] * self.effort  # apart from the sum, which compiled code may round once
         return logits + shift
+
+    def efforts(self, seen: Tensor) -> Tensor:
+        """The efforts [B] for images, or features, as `forward` takes them."""
+        return self._outputs(seen)[1]
+
+    def _outputs(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, L, K] without effort, and the network's last output [B]."""
+        x = self.blocks(self._from_image(seen) if self.stem_channels is None else self._from_stem(seen))
+        x = self.head(F.adaptive_avg_pool2d(x, 1)).value().flatten(1)
+        return x[:, : self.positions * self.choices].view(-1, self.positions, self.choices), x[:, -1]
 
     def example(self, image_size: int) -> Tensor:
         """Zeros of the shape of what it looks at, for one image of `image_size` pixels a side."""
@@ -103,6 +111,12 @@ class PolicyNet(nn.Module):
     def add_to_logits(self, offset: Tensor) -> None:
         """Adds `offset` [L, K] to the logits of all images, once and for all."""
         self.head.bias[: offset.numel()] += offset.flatten().to(self.head.bias)
+
+    @torch.no_grad()
+    def begin(self, logits: Tensor, effort: Tensor) -> None:
+        """Adds `logits` [L, K] to those of all images, and has a unit of effort add `effort` [L, K] from now on."""
+        self.add_to_logits(logits)
+        self.effort.copy_(effort)
 
     def _from_image(self, images: Tensor) -> Tensor:
         x = F.avg_pool2d(normalized(images), self.pool, ceil_mode=True)  # no pixel left out

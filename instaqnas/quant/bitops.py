@@ -71,6 +71,7 @@ class CostTable:
 
     def __init__(self, layers: Sequence[LayerCost], positions: Sequence[str]) -> None:
         by_name = {layer.name: layer for layer in layers}
+        self.positions = tuple(positions)
         self.fixed = sum(layer.bitops() for layer in layers if layer.name not in set(positions))
         rows = [[by_name[name].bitops(k) for k in range(len(by_name[name].choices))] for name in positions]
         self.table = torch.tensor(rows, dtype=torch.int64)  # [L, K]; integers keep the figures exact

@@ -23,6 +23,7 @@ from instaqnas.detector.ssd import detector_costs, position_count
 from instaqnas.errors import InputError
 from instaqnas.policy.diagnostics import choice_frequencies, modal_configuration
 from instaqnas.policy.network import PolicyNet, policy_gbitops
+from instaqnas.quant.bitops import CostTable
 from instaqnas.training import distributed
 from instaqnas.training.experiment import (
     POLICY_STAGES,
@@ -33,7 +34,7 @@ from instaqnas.training.experiment import (
 )
 from instaqnas.training.report import choice_name
 from instaqnas.training.run_dir import file_digest, kind_of, write_text
-from instaqnas.training.sensitivity import Sensitivity, mean_loss_on, measured_sensitivity
+from instaqnas.training.sensitivity import MeanLoss, Sensitivity, mean_loss_on, measured_sensitivity
 from instaqnas.training.static_search import Candidate, best_within
 from instaqnas.training.survey import survey
 
@@ -162,22 +163,36 @@ class Rivals:
 def fixed_within(experiment: Experiment, source: Path, limit_gbitops: float) -> list[Candidate]:
     """Fixed configurations of at most `limit_gbitops` for the pretrained network of a checkpoint, best first.
 
-    Sensitivities are measured once and kept beside the checkpoint. See `static_search`.
+    See `static_search`.
     """
+    costs, mean_loss = _measuring(experiment, source)
+    return best_within(limit_gbitops, costs, _sensitivity(experiment, source, costs, mean_loss), mean_loss)
+
+
+def sensitivity_of(experiment: Experiment, source: Path) -> Sensitivity:
+    """That of the pretrained network of a checkpoint; it is measured once and kept beside the checkpoint."""
+    return _sensitivity(experiment, source, *_measuring(experiment, source))
+
+
+def _measuring(experiment: Experiment, source: Path) -> tuple[CostTable, MeanLoss]:
+    """Costs of a checkpoint's network, and what measures its loss."""
     detector = experiment.quantized_detector().eval()
     load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
-    costs, batch_size = detector_costs(detector), experiment.config.eval.batch_size
+    batch_size = experiment.config.eval.batch_size
     random_bits = experiment.choose_random("sensitivity")
     mean_loss = mean_loss_on(detector, experiment.tuning_loader(), batch_size, random_bits, experiment.device)
+    return detector_costs(detector), mean_loss
+
+
+def _sensitivity(experiment: Experiment, source: Path, costs: CostTable, mean_loss: MeanLoss) -> Sensitivity:
     found_for = {"network": file_digest(source), "split": experiment.tuning_split}
     path = source.parent / "sensitivity.json"
     record = _read_record(path, found_for)
     if record is None:
         sensitivity = measured_sensitivity(costs, mean_loss)
-        record = {"found_for": found_for, "positions": list(detector.positions), **sensitivity.plain()}
+        record = {"found_for": found_for, "positions": list(costs.positions), **sensitivity.plain()}
         _write_record(path, record)
-    sensitivity = Sensitivity(record["among_random"], record["from_cheapest"])
-    return best_within(limit_gbitops, costs, sensitivity, mean_loss)
+    return Sensitivity(record["among_random"], record["from_cheapest"])
 
 
 def _digest(network: nn.Module) -> str:

@@ -33,6 +33,12 @@ class Sensitivity:
     among_random: list[list[float]]
     from_cheapest: list[list[float]]
 
+    @property
+    def mean(self) -> list[list[float]]:
+        """Means of both, [L][K]."""
+        tables = zip(self.among_random, self.from_cheapest, strict=True)
+        return [[(a + b) / 2 for a, b in zip(*rows, strict=True)] for rows in tables]
+
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)

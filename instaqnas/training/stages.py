@@ -25,6 +25,7 @@ from instaqnas.detector.pretrained import load_pretrained
 from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy.bit_config import ChooseBits, fixed, greedy_by, sampled_by
+from instaqnas.policy.budget import Multiplier
 from instaqnas.policy.network import policy_gbitops, start_logits
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.fused import compile_passes
@@ -49,6 +50,7 @@ from instaqnas.training.experiment import (
 from instaqnas.training.fit import TrainState, fit
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
 from instaqnas.training.pictures import draw_detections, draw_objects
+from instaqnas.training.policy_start import begin_between
 from instaqnas.training.policy_training import PolicyTraining
 from instaqnas.training.report import format_table, write_report
 from instaqnas.training.rivals import Rivals, fixed_config, fixed_stage, fixed_within
@@ -284,18 +286,22 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
         images=experiment.train_image_ids(),
         restart=command.restart,
     )
+    first_multiplier = Multiplier()
     if not run_dir.last.exists():
         check_held_out(experiment, source)
         load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
         seen = detector.look(experiment.calibration_batch().images).seen
         with alone():
             calibrate(policy, lambda: policy(seen))
-        if settings.start == "static":
+        if settings.start == "between":
+            first_multiplier = begin_between(experiment, source, detector.eval(), policy, policy_cost)
+        elif settings.start == "static":
             best = fixed_within(experiment, source, config.reward.target_gbitops - policy_cost)[0]
             policy.add_to_logits(start_logits(best.configuration, len(detector.choices)))
             log.info("search: starts from a fixed configuration of %.4g GBitOps, policy not counted", best.gbitops)
     distill = _distillation(experiment, teacher, settings.distill_weight)
     training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
+    training.state.multiplier = first_multiplier
     learning = PolicyTraining.begin(experiment, run_dir, training.state, training.result, policy)
 
     def train_epoch(epoch: int) -> dict[str, float]:

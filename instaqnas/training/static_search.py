@@ -65,8 +65,7 @@ def candidates(
     limit: int, table: BitOps, sensitivity: Sensitivity, dearest: Configuration, cheapest: Configuration
 ) -> dict[str, list[int]]:
     """Different configurations of at most `limit` bit operations at the positions, by how they were found."""
-    down, up = sensitivity.among_random, sensitivity.from_cheapest
-    mean = [[(a + b) / 2 for a, b in zip(*rows, strict=True)] for rows in zip(down, up, strict=True)]
+    down, up, mean = sensitivity.among_random, sensitivity.from_cheapest, sensitivity.mean
     uniform = [[choice] * len(table) for choice in range(len(table[0]))]
     start = max((c for c in uniform if bitops(c, table) <= limit), key=lambda c: bitops(c, table), default=cheapest)
     found = {
