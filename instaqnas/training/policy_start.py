@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,48 +20,70 @@ from instaqnas.training.experiment import Experiment
 from instaqnas.training.rivals import fixed_within, sensitivity_of
 
 log = logging.getLogger(__name__)
+SHARES = (1 / 2, 1 / 3, 1 / 4)  # of the images that get the dearer configuration; the fewer, the dearer
 EPOCHS = 8
 LR = 8e-3
+
+
+@dataclass(frozen=True)
+class Split:
+    """A share of the images at the configuration `high`, the others at the cheapest.
+
+    gains: loss that `high` saves, [N] of each image.
+    loss: sum over images, where those get `high` that have most loss at the cheapest.
+    """
+
+    share: float
+    high: list[int]
+    gains: Tensor
+    loss: float
 
 
 def begin_between(
     experiment: Experiment, source: Path, detector: SwitchableSSD, policy: PolicyNet, policy_cost: float
 ) -> Multiplier:
-    """Lets `policy` begin between two fixed configurations, of which each has half the images at the target's cost.
+    """Lets `policy` begin between the cheapest bit configuration and a dearer one, at the target's mean cost.
 
-    The cheaper is the cheapest there is, the other the best that costs as much above the target as that one costs below
-    it (`fixed_within`). The effort for an image is fitted to the rank of what it gains from one to the other. Every
-    process does all of it.
+    The dearer one, for a share of the images, is the best of its cost (`fixed_within`). The effort for an image is
+    fitted to the rank of what it gains by it. Every process does all of it.
 
     Args:
         source: the checkpoint that `detector` is of, in eval mode.
         policy: calibrated, with effort.
         policy_cost: GBitOps of a decision.
 
-    Returns: the price of GBitOps at which the image in the middle gains as much as it costs.
+    Returns: the price of GBitOps at which the image at the limit gains as much as it costs.
     """
     costs, target = detector_costs(detector), experiment.config.reward.target_gbitops
     table = costs.table.tolist()
     low = [min(range(len(row)), key=row.__getitem__) for row in table]
-    high = fixed_within(experiment, source, 2 * (target - policy_cost) - costs.lowest())[0].configuration
-    losses = sensitivity_of(experiment, source).mean
-    worth = [
-        (loss[a] - loss[b]) / max(1, row[b] - row[a]) for loss, row, a, b in zip(losses, table, low, high, strict=True)
-    ]
-    policy.begin(*start_between(low, high, worth, len(detector.choices)))
     with ranks.alone():
-        gains = loss_under(experiment, detector, low) - loss_under(experiment, detector, high)
-        _teach_effort(experiment, detector, policy, gains)
-    gbitops = costs.gbitops(torch.tensor([low, high], device=costs.table.device)).tolist()
-    price = gains.median().item() / (gbitops[1] - gbitops[0])
+        low_losses = loss_under(experiment, detector, low)
+        splits = []
+        for share in SHARES:
+            limit = costs.lowest() + (target - policy_cost - costs.lowest()) / share
+            high = fixed_within(experiment, source, min(limit, costs.highest()))[0].configuration
+            gains = low_losses - loss_under(experiment, detector, high)
+            dearer = low_losses.argsort(descending=True)[: round(share * len(gains))]  # by gains would flatter
+            splits.append(Split(share, high, gains, (low_losses.sum() - gains[dearer].sum()).item()))
+        best = min(splits, key=lambda split: split.loss)
+        losses = sensitivity_of(experiment, source).mean
+        worth = [
+            (loss[a] - loss[b]) / max(1, row[b] - row[a])
+            for loss, row, a, b in zip(losses, table, low, best.high, strict=True)
+        ]
+        policy.begin(*start_between(low, best.high, worth, len(detector.choices)))
+        _teach_effort(experiment, detector, policy, best)
+    gbitops = costs.gbitops(torch.tensor([low, best.high], device=costs.table.device)).tolist()
+    gain = best.gains.quantile(1 - best.share).item()
     log.info(
-        "search: starts between fixed configurations of %.4g and %.4g GBitOps, policy not counted; an image gains %.3g "
-        "of loss by the second, and half of them more than %.3g",
+        "search: starts between fixed configurations of %.4g and %.4g GBitOps, policy not counted; the second for %.0f "
+        "%% of the images, whose loss it lowers by more than %.3g",
         *gbitops,
-        gains.mean().item(),
-        gains.median().item(),
+        100 * best.share,
+        gain,
     )
-    return Multiplier(integral=max(0.0, price * target))
+    return Multiplier(integral=max(0.0, gain / (gbitops[1] - gbitops[0]) * target))
 
 
 @torch.no_grad()
@@ -74,10 +97,10 @@ def loss_under(experiment: Experiment, detector: SwitchableSSD, configuration: S
     return torch.cat(losses)
 
 
-def _teach_effort(experiment: Experiment, detector: SwitchableSSD, policy: PolicyNet, gains: Tensor) -> None:
-    """Fits the effort for an image to the rank of its gain: -1 for the smallest, 1 for the largest."""
-    wanted = torch.empty_like(gains)
-    wanted[gains.argsort()] = torch.linspace(-1, 1, len(gains), device=gains.device)
+def _teach_effort(experiment: Experiment, detector: SwitchableSSD, policy: PolicyNet, split: Split) -> None:
+    """Fits the effort for an image to the rank of its gain, from -1 to 1, moved to be 0 at the limit of the share."""
+    wanted = torch.empty_like(split.gains)
+    wanted[split.gains.argsort()] = torch.linspace(-1, 1, len(wanted), device=wanted.device) + 2 * split.share - 1
     loader = experiment.policy_loader(experiment.config.search.policy_batch_size, "search start")
     optimizer = torch.optim.Adam(policy.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(loader))
