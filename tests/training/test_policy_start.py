@@ -1,0 +1,108 @@
+"""A search that starts between two fixed configurations: what the policy begins with, and what it costs."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from instaqnas.config import Command
+from instaqnas.detector.ssd import SwitchableSSD, detector_costs
+from instaqnas.policy.budget import Multiplier
+from instaqnas.policy.diagnostics import rank_correlation
+from instaqnas.policy.network import policy_gbitops
+from instaqnas.quant.switchable import calibrate
+from instaqnas.training import policy_start, stages
+from instaqnas.training.experiment import Experiment, load_network, pretrained_checkpoint
+from instaqnas.training.policy_start import begin_between
+
+OPTIONS = (
+    "--reward.name=budget", "--reward.quality=loss", "--policy.effort=true", "--search.start=between",
+    "--search.policy_batch_size=8",
+)  # fmt: skip
+
+
+@pytest.fixture
+def command(finished_run: Path, make_command, tmp_path: Path) -> Command:
+    """Of a search that aims a third of the way up from the cheapest configuration."""
+    run = tmp_path / "run"
+    for stage in ("pretrain_fp32", "pretrain_quant"):
+        shutil.copytree(finished_run / stage, run / stage)
+    experiment = Experiment(make_command("search", run).config)
+    costs = detector_costs(experiment.quantized_detector())
+    target = costs.lowest() + policy_gbitops(experiment.policy(), 64) + (costs.highest() - costs.lowest()) / 3
+    return make_command("search", run, *OPTIONS, f"--reward.target_gbitops={target}")
+
+
+@torch.no_grad()
+def losses(experiment: Experiment, detector: SwitchableSSD, configuration: list[int]) -> torch.Tensor:
+    """Image by image."""
+    found = []
+    for batch in experiment.policy_images():
+        for image in range(len(batch.images)):
+            one = slice(image, image + 1)
+            output = detector(batch.images[one], torch.tensor([configuration]))
+            targets = detector.targets(batch.boxes_xyxy[one], batch.labels[one])
+            own = detector.loss(output, batch.boxes_xyxy[one], batch.labels[one])
+            found.append(sum(own.values()) * max(1, int(targets.positives)))
+    return torch.stack(found)
+
+
+def test_an_image_gets_the_more_effort_the_more_it_gains(
+    command: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(policy_start, "EPOCHS", 150)
+    experiment, source = Experiment(command.config), pretrained_checkpoint(command)
+    detector, policy = experiment.adaptive_detector().eval(), experiment.policy()
+    load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
+    images = torch.cat([batch.images for batch in experiment.policy_images()])
+    with torch.no_grad():
+        calibrate(policy, lambda: policy(images))
+    own = policy_gbitops(policy, 64)
+    with caplog.at_level(logging.INFO):
+        multiplier = begin_between(experiment, source, detector, policy, own)
+    share = {50: 1 / 2, 33: 1 / 3, 25: 1 / 4}[int(caplog.messages[-1].split(" for ")[1].split(" %")[0])]
+
+    costs, target = detector_costs(detector), command.config.reward.target_gbitops
+    start = policy.head.bias.detach()[:-1].view(13, 3)
+    low, high = ((start + effort * policy.effort).argmax(-1) for effort in (-3, 3))
+    assert low.tolist() == [0] * 13
+    cost_low, cost_high = costs.gbitops(torch.stack([low, high])).tolist()
+    assert cost_low == costs.lowest()
+    limit = cost_low + (target - own - cost_low) / share
+    assert 0.8 * limit < cost_high <= limit + 1e-12
+    gains = losses(experiment, detector, low.tolist()) - losses(experiment, detector, high.tolist())
+    expected = gains.quantile(1 - share).item() / (cost_high - cost_low) * target
+    assert multiplier.integral == pytest.approx(max(0.0, expected), rel=1e-3)
+    with torch.no_grad():
+        efforts = policy.efforts(images)
+    assert rank_correlation(efforts.double(), gains.double()) > 0.8
+    assert efforts.min() < 0 < efforts.max()
+
+
+def test_a_search_begins_there(
+    command: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun = []
+
+    def watched(*args: object) -> Multiplier:
+        begun.append(begin_between(*args))
+        return begun[-1]
+
+    monkeypatch.setattr(stages, "begin_between", watched)
+    multipliers = []
+    train = stages.PolicyTraining.epoch
+
+    def epoch(self: stages.PolicyTraining, *args: object) -> dict[str, float]:
+        multipliers.append(self.state.multiplier)
+        return train(self, *args)
+
+    monkeypatch.setattr(stages.PolicyTraining, "epoch", epoch)
+    stages.run_search(command)
+    assert multipliers[0] == begun[0]
+    assert len(begun) == 1
+    stages.run_search(command)  # finished: nothing begins again
+    assert len(begun) == 1
