@@ -243,8 +243,8 @@ class SearchConfig(QuantTrainConfig):
         entropy_end: weight of the entropy bonus in the last epoch; between them it moves linearly.
         baseline: what a sample's reward is compared with, that of the `greedy` configuration or of the others (`rloo`).
         start: first distribution of the policy, `uniform`; mostly the best fixed configuration that the target of the
-            reward `budget` allows (`static`); or `between` the cheapest and a dearer one, for half the images each:
-            the dearer one for those that gain most by it.
+            reward `budget` allows (`static`); or `between` the cheapest and a dearer one, for those of the images that
+            gain most by it.
         samples: configurations that are drawn and judged for each image of a policy step; `rloo` needs 2.
         normalize_advantage: scale the advantages of a policy step to a root mean square of 1.
     """

@@ -45,7 +45,7 @@ def begin_between(
     """Lets `policy` begin between the cheapest bit configuration and a dearer one, at the target's mean cost.
 
     The dearer one, for a share of the images, is the best of its cost (`fixed_within`). The effort for an image is
-    fitted to the rank of what it gains by it. Every process does all of it.
+    fitted to the rank of what it gains by it. Every process fits it to all images.
 
     Args:
         source: the checkpoint that `detector` is of, in eval mode.
@@ -57,17 +57,18 @@ def begin_between(
     costs, target = detector_costs(detector), experiment.config.reward.target_gbitops
     table = costs.table.tolist()
     low = [min(range(len(row)), key=row.__getitem__) for row in table]
+    room = target - policy_cost - costs.lowest()
+    limits = [min(costs.lowest() + room / share, costs.highest()) for share in SHARES]
+    highs = [fixed_within(experiment, source, limit)[0].configuration for limit in limits]
+    losses = sensitivity_of(experiment, source).mean
     with ranks.alone():
         low_losses = loss_under(experiment, detector, low)
         splits = []
-        for share in SHARES:
-            limit = costs.lowest() + (target - policy_cost - costs.lowest()) / share
-            high = fixed_within(experiment, source, min(limit, costs.highest()))[0].configuration
+        for share, high in zip(SHARES, highs, strict=True):
             gains = low_losses - loss_under(experiment, detector, high)
             dearer = low_losses.argsort(descending=True)[: round(share * len(gains))]  # by gains would flatter
             splits.append(Split(share, high, gains, (low_losses.sum() - gains[dearer].sum()).item()))
         best = min(splits, key=lambda split: split.loss)
-        losses = sensitivity_of(experiment, source).mean
         worth = [
             (loss[a] - loss[b]) / max(1, row[b] - row[a])
             for loss, row, a, b in zip(losses, table, low, best.high, strict=True)
@@ -75,6 +76,7 @@ def begin_between(
         policy.begin(*start_between(low, best.high, worth, len(detector.choices)))
         _teach_effort(experiment, detector, policy, best)
     gbitops = costs.gbitops(torch.tensor([low, best.high], device=costs.table.device)).tolist()
+    difference = gbitops[1] - gbitops[0]  # 0 if the target leaves no room
     gain = best.gains.quantile(1 - best.share).item()
     log.info(
         "search: starts between fixed configurations of %.4g and %.4g GBitOps, policy not counted; the second for %.0f "
@@ -83,7 +85,7 @@ def begin_between(
         100 * best.share,
         gain,
     )
-    return Multiplier(integral=max(0.0, gain / (gbitops[1] - gbitops[0]) * target))
+    return Multiplier(integral=max(0.0, gain / difference * target) if difference else 0.0)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,18 @@ def test_a_search_begins_there(
     assert len(begun) == 1
     stages.run_search(command)  # finished: nothing begins again
     assert len(begun) == 1
+
+
+def test_a_target_without_room_begins_at_the_cheapest_configuration(command: Command) -> None:
+    source = pretrained_checkpoint(command)
+    detector = Experiment(command.config).adaptive_detector()
+    own = policy_gbitops(Experiment(command.config).policy(), 64)
+    lowest = detector_costs(detector).lowest() + own
+    reward = replace(command.config.reward, target_gbitops=lowest * (1 + 1e-9))
+    experiment = Experiment(replace(command.config, reward=reward))
+    policy = experiment.policy()
+    load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
+    with torch.no_grad():
+        calibrate(policy, lambda: policy(experiment.calibration_batch().images))
+    assert begin_between(experiment, source, detector.eval(), policy, own) == Multiplier()
+    assert not policy.effort.any()
