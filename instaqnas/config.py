@@ -235,6 +235,9 @@ class SearchConfig(QuantTrainConfig):
     """The search: each epoch trains the policy, then the detector under configurations sampled from it.
 
     Args:
+        train_detector: if not, the policy alone is trained, and the detector stays as it was pretrained, but for the
+            BatchNorm statistics that `batch_norm_batches` asks for; learning rate and losses of the detector are then
+            of no account.
         policy_lr: learning rate of the policy (Adam, constant).
         policy_batch_size: images a policy step, those of all processes.
         epsilon_start: share of uniform exploration in the first epoch.
@@ -243,12 +246,13 @@ class SearchConfig(QuantTrainConfig):
         entropy_end: weight of the entropy bonus in the last epoch; between them it moves linearly.
         baseline: what a sample's reward is compared with, that of the `greedy` configuration or of the others (`rloo`).
         start: first distribution of the policy, `uniform`; mostly the best fixed configuration that the target of the
-            reward `budget` allows (`static`); or `between` the cheapest and a dearer one, for those of the images that
-            gain most by it.
+            reward `budget` allows (`static`); or `between` the cheapest and a dearer one, which is for the images that
+            have most loss under the cheapest.
         samples: configurations that are drawn and judged for each image of a policy step; `rloo` needs 2.
         normalize_advantage: scale the advantages of a policy step to a root mean square of 1.
     """
 
+    train_detector: bool = True
     policy_lr: float = 5e-4
     policy_batch_size: int = 64
     epsilon_start: float = 0.5

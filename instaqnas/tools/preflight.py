@@ -59,9 +59,9 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 class StageFigures:
     """One stage: its most memory in bytes, and its time in seconds, all of it and by its parts.
 
-    `epoch_seconds` is one pass over the training split, in the search that of policy and detector; `evaluation_seconds`
-    one over the val split, in eval over the test split; `startup_seconds` come once, and so do `batch_norm_seconds`,
-    for the last statistics of BatchNorm.
+    `epoch_seconds` is one pass over the training split, in the search that of policy and detector where it trains both;
+    `evaluation_seconds` one over the val split, in eval over the test split; `startup_seconds` come once, and so do
+    `batch_norm_seconds`, for the last statistics of BatchNorm.
     """
 
     stage: str
@@ -304,6 +304,7 @@ def _figures(config: Config, run: Path, experiment: ShortExperiment, start: floa
     settings = getattr(config, stage)
     batch_sizes = {"detector": settings.batch_size}
     if stage == "search":
+        batch_sizes = batch_sizes if settings.train_detector else {}
         batch_sizes["policy"] = settings.policy_batch_size
     epoch_seconds, begun, warm_up = 0.0, math.inf, 0.0
     for name, batch_size in batch_sizes.items():

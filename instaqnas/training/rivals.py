@@ -65,10 +65,12 @@ def fixed_stage(bits: str) -> str:
 def fixed_config(config: Config) -> Config:
     """`config` with the section `finetune` that a detector under a fixed configuration follows.
 
-    It has as many epochs as the adaptive detector in search and finetuning together, in one cosine from the higher of
-    the two learning rates, and distills if one of them does; all else is as in `finetune`.
+    If the search trains the detector, that has as many epochs as search and finetuning together, in one cosine from the
+    higher of the two learning rates, and distills if one of them does; all else is as in `finetune`.
     """
     search, finetune = config.search, config.finetune
+    if not search.train_detector:
+        return config
     section = replace(
         finetune,
         epochs=search.epochs + finetune.epochs,
@@ -80,7 +82,8 @@ def fixed_config(config: Config) -> Config:
 
 def further_epochs(state: dict[str, Any]) -> int:
     """Epochs that the detector of a checkpoint was trained for after pretraining."""
-    return sum(state["config"][section]["epochs"] for section in FURTHER_SECTIONS.get(kind_of(state["stage"]), ()))
+    sections = [state["config"][name] for name in FURTHER_SECTIONS.get(kind_of(state["stage"]), ())]
+    return sum(section["epochs"] for section in sections if section.get("train_detector", True))
 
 
 class Rivals:

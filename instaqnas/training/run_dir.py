@@ -171,8 +171,9 @@ class RunDir:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
 
-    def log_epoch(self, epoch: int, step: int, scalars: dict[str, float], choices: Tensor) -> None:
-        """One line of metrics.jsonl; the same scalars, and how often which choice ran, [L, K], to TensorBoard.
+    def log_epoch(self, epoch: int, step: int, scalars: dict[str, float], choices: Tensor | None) -> None:
+        """One line of metrics.jsonl; the same scalars, and how often the detector trained with which choice, [L, K], to
+        TensorBoard.
 
         Lines of this epoch and later ones, which an interrupted run may have left, go.
         """
@@ -182,7 +183,7 @@ class RunDir:
         lines = file.read_text().splitlines()[: epoch - 1] if file.exists() else []
         write_text(file, "\n".join([*lines, json.dumps({"epoch": epoch, "step": step, **scalars})]) + "\n")
         self.log_step(step, scalars)
-        if choices.shape[1] > 1:
+        if choices is not None and choices.shape[1] > 1:
             for position, counts in enumerate(choices):
                 values = torch.arange(len(counts)).repeat_interleave(counts)
                 self._writer.add_histogram(f"bits/position_{position:02d}", values, step, bins="auto")

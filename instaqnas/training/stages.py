@@ -268,14 +268,14 @@ def _pretrain_quant(experiment: Experiment, command: Command, source: Path) -> N
 
 @distributed.reporting_lost_processes()
 def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
-    """Every epoch trains the policy, then the detector under configurations sampled from it."""
+    """Every epoch trains the policy, then, if `train_detector` says so, the detector under what it samples."""
     experiment, config = _start(command, build, "search"), command.config
     settings = config.search
     source = command.init or pretrained_checkpoint(command)
     detector, policy = experiment.adaptive_detector(), experiment.policy()
     policy_cost = policy_gbitops(policy, detector.image_size)
     _note_dear_policy(detector_costs(detector), policy_cost)
-    teacher = teacher_checkpoint(command, "search", settings)
+    teacher = teacher_checkpoint(command, "search", settings) if settings.train_detector else None
     run_dir = RunDir(
         command.run,
         "search",
@@ -299,13 +299,15 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
             best = fixed_within(experiment, source, config.reward.target_gbitops - policy_cost)[0]
             policy.add_to_logits(start_logits(best.configuration, len(detector.choices)))
             log.info("search: starts from a fixed configuration of %.4g GBitOps, policy not counted", best.gbitops)
-    distill = _distillation(experiment, teacher, settings.distill_weight)
+    distill = _distillation(experiment, teacher, settings.distill_weight) if teacher else None
     training = DetectorTraining.begin(experiment, run_dir, detector, settings, distill)
     training.state.multiplier = first_multiplier
     learning = PolicyTraining.begin(experiment, run_dir, training.state, training.result, policy)
 
     def train_epoch(epoch: int) -> dict[str, float]:
         scalars = learning.epoch(epoch, training.save_if_due)
+        if not settings.train_detector:
+            return scalars
         choose = sampled_by(policy, learning.epsilon(epoch), experiment.draw("search"))
         return {**scalars, **training.epoch(epoch, choose)}
 

@@ -52,7 +52,7 @@ def losses(experiment: Experiment, detector: SwitchableSSD, configuration: list[
     return torch.stack(found)
 
 
-def test_an_image_gets_the_more_effort_the_more_it_gains(
+def test_an_image_gets_the_more_effort_the_more_loss_it_has_under_the_cheapest(
     command: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(policy_start, "EPOCHS", 150)
@@ -65,7 +65,7 @@ def test_an_image_gets_the_more_effort_the_more_it_gains(
     own = policy_gbitops(policy, 64)
     with caplog.at_level(logging.INFO):
         multiplier = begin_between(experiment, source, detector, policy, own)
-    share = {50: 1 / 2, 33: 1 / 3, 25: 1 / 4}[int(caplog.messages[-1].split(" for ")[1].split(" %")[0])]
+    share = {67: 2 / 3, 50: 1 / 2, 33: 1 / 3}[int(caplog.messages[-1].split(" for ")[1].split(" %")[0])]
 
     costs, target = detector_costs(detector), command.config.reward.target_gbitops
     start = policy.head.bias.detach()[:-1].view(13, 3)
@@ -75,12 +75,15 @@ def test_an_image_gets_the_more_effort_the_more_it_gains(
     assert cost_low == costs.lowest()
     limit = cost_low + (target - own - cost_low) / share
     assert 0.8 * limit < cost_high <= limit + 1e-12
-    gains = losses(experiment, detector, low.tolist()) - losses(experiment, detector, high.tolist())
+    low_losses = losses(experiment, detector, low.tolist())
+    gains = low_losses - losses(experiment, detector, high.tolist())
     expected = gains.quantile(1 - share).item() / (cost_high - cost_low) * target
     assert multiplier.integral == pytest.approx(max(0.0, expected), rel=1e-3)
     with torch.no_grad():
         efforts = policy.efforts(images)
-    assert rank_correlation(efforts.double(), gains.double()) > 0.8
+    correlation = rank_correlation(efforts.double(), low_losses.double())
+    assert correlation > 0.8
+    assert caplog.messages[-1].endswith(f"rank correlation of effort and loss {correlation:.2f}")
     assert efforts.min() < 0 < efforts.max()
 
 
@@ -122,3 +125,31 @@ def test_a_target_without_room_begins_at_the_cheapest_configuration(command: Com
         calibrate(policy, lambda: policy(experiment.calibration_batch().images))
     assert begin_between(experiment, source, detector.eval(), policy, own) == Multiplier()
     assert not policy.effort.any()
+
+
+def test_a_search_that_trains_nothing_ends_with_the_images_of_most_effort_the_dearest(
+    command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It meets its budget by more or less effort for all, which leaves their order as it was."""
+    frozen = replace(command.config.search, policy_lr=1e-12, train_detector=False, epochs=1)
+    with caplog.at_level(logging.INFO):
+        stages.run_search(replace(command, config=replace(command.config, search=frozen)))
+    experiment = Experiment(command.config)
+    detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
+    for name, network in (("detector", detector), ("policy", policy)):
+        load_network(experiment, network, name, command.run / "search" / "last.pt", stages=("search",))
+    images = torch.cat([batch.images for batch in experiment.policy_images()])
+    with torch.no_grad():
+        efforts, choices = policy.efforts(images), policy(images).argmax(-1)
+    gbitops = detector_costs(detector).gbitops(choices)
+    assert gbitops.max() > gbitops.min()
+    assert (gbitops[efforts.argsort()].diff() >= 0).all()
+
+
+def test_flips_are_one_in_two_each_way_and_change_nothing_else() -> None:
+    images = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4)
+    numbers = torch.tensor([[0.1, 0.9], [0.9, 0.1]])
+    flipped = policy_start._flipped(images, numbers, vertical=True)
+    assert torch.equal(flipped, torch.stack([images[0].flip(-1), images[1].flip(-2)]))
+    flipped = policy_start._flipped(images, numbers, vertical=False)
+    assert torch.equal(flipped, torch.stack([images[0].flip(-1), images[1]]))

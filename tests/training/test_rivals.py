@@ -62,6 +62,8 @@ def test_a_rival_is_trained_as_long_as_the_adaptive_detector_and_from_no_lower_a
     assert changed.search == config.search
     higher = make_command("finetune", tmp_path, "--finetune.lr=0.5", "--finetune.distill_weight=3").config
     assert (fixed_config(higher).finetune.lr, fixed_config(higher).finetune.distill_weight) == (0.5, 3.0)
+    alone = make_command("finetune", tmp_path, *options, "--search.train_detector=false").config
+    assert fixed_config(alone) == alone
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.config import Config, from_plain, parse_command
 from instaqnas.detector.ssd import SwitchableSSD
 from instaqnas.errors import InputError, TrainingError
+from instaqnas.training.rivals import further_epochs
 from instaqnas.training.run_dir import best_checkpoint
 
 STAGES = ("pretrain_fp32", "pretrain_quant", "search", "finetune")
@@ -114,6 +115,24 @@ def test_search_changes_the_policy_and_finetuning_does_not(finished_run: Path, m
     finetuned = load_checkpoint(finished_run / "finetune" / "last.pt")["networks"]["policy"]
     assert not torch.equal(fresh["head.weight"], searched["head.weight"])
     assert all(torch.equal(best[name], value) for name, value in finetuned.items())
+
+
+def test_search_can_leave_the_detector_as_it_was_pretrained(finished_run: Path, make_command, tmp_path: Path) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_quant")  # no teacher: there is nothing to distill into
+    options = ("--search.train_detector=false", "--search.distill_weight=1")
+    stages.run_search(make_command("search", run, *options))
+    pretrained = load_checkpoint(best_checkpoint(run, "pretrain_quant"))["networks"]["detector"]
+    searched = load_checkpoint(run / "search" / "last.pt")
+    assert all(torch.equal(pretrained[name], value) for name, value in searched["networks"]["detector"].items())
+    fresh = stages.Experiment(make_command("search", run).config).policy().state_dict()
+    assert not torch.equal(fresh["head.weight"], searched["networks"]["policy"]["head.weight"])
+    lines = [json.loads(line) for line in (run / "search" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert "reward/sampled" in lines[-1]
+    assert not any(name.startswith("train/") for line in lines for name in line)
+    stages.run_finetune(make_command("finetune", run, *options))
+    assert further_epochs(load_checkpoint(run / "search" / "last.pt")) == 0
+    assert further_epochs(load_checkpoint(run / "finetune" / "last.pt")) == 1
 
 
 def test_same_seed_gives_the_same_weights(finished_run: Path, make_command, tmp_path: Path) -> None:
