@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from instaqnas.quant.fused import to_bytes
-
+Groups = list[tuple[int, Tensor | None]]
 PIXELS_WORTH_PACKING = 1024  # of the images of a choice, for which bytes gain more than packing a weight takes
 
 
@@ -31,22 +30,22 @@ def choice_conv2d(
     stride: int,
     padding: int,
     groups: int,
-    integers: torch.dtype | None,
+    levels: Tensor | None = None,
+    integers: torch.dtype | None = None,
 ) -> Tensor:
     """Convolution of image b with `weight[choice[b]]`, [B, out, H', W'].
 
     Args:
-        x: [B, in, H, W].
+        x: [B, in, H, W]; with `levels` only what carries their gradient.
         weight: [K, out, in / groups, kh, kw].
         choice: [B] indices of the K weights; None where K = 1.
         stride, padding, groups: as in `torch.nn.Conv2d`.
-        integers: what holds the whole numbers of `weight`, int8 or int16, if `x` has whole numbers from 0 to 255; else
-            None.
+        levels: what is convolved, where it is bytes (`keeps_bytes`), uint8 [B, in, H, W], channels-last.
+        integers: what holds the whole numbers of `weight` then, int8 or int16.
     """
     if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        x = x.contiguous(memory_format=torch.channels_last)
         settings = {"stride": stride, "padding": padding, "groups": groups}
-        return _ChoiceConv2d.apply(x, weight, choice, integers if weight.dtype == torch.float32 else None, settings)
+        return _ChoiceConv2d.apply(x, levels, weight, groups_of(choice), integers, settings)
     if choice is None:
         return plain_conv2d(x, weight[0], stride, padding, groups)
     return per_image_conv2d(x, _Pick.apply(weight, choice), stride, padding, groups)
@@ -103,29 +102,42 @@ class _Pick(torch.autograd.Function):
         return (member @ grad.flatten(1)).view(ctx.shape), None
 
 
+def keeps_bytes(y: Tensor) -> bool:
+    """Whether levels from 0 to 255 of a feature map are best kept as bytes."""
+    return y.device.type == "cpu" and y.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
 class _ChoiceConv2d(torch.autograd.Function):
     """`choice_conv2d` on a CPU."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, choice: Tensor | None, integers: torch.dtype | None, settings: dict[str, int]
+        ctx,
+        x: Tensor,
+        levels: Tensor | None,
+        weight: Tensor,
+        groups: Groups,
+        integers: torch.dtype | None,
+        settings: dict[str, int],
     ) -> Tensor:
-        ctx.dtype, ctx.choice, ctx.settings = weight.dtype, choice, settings
-        floats, pixels = (x, weight), x.numel() // x.shape[1]
-        if integers is not None:
-            x, weight = to_bytes(x), weight.to(integers)
-        ctx.save_for_backward(x, weight)
-        if integers is not None and pixels >= PIXELS_WORTH_PACKING * len(weight) and uses_bytes():
-            return by_choice([x], choice, lambda part, k: ByteConv2d(weight[k], **settings)(part))
-        x, weight = floats
-        return by_choice([x], choice, lambda part, k: F.conv2d(part, weight[k], **settings))
+        ctx.dtype, ctx.groups, ctx.settings = weight.dtype, groups, settings
+        if levels is None:
+            x = x.contiguous(memory_format=torch.channels_last)
+            ctx.save_for_backward(x, weight)
+        else:
+            whole = weight.to(integers)
+            ctx.save_for_backward(levels, whole)
+            if levels.numel() // levels.shape[1] >= PIXELS_WORTH_PACKING * len(weight) and uses_bytes():
+                return by_choice([levels], groups, lambda part, k: ByteConv2d(whole[k], **settings)(part))
+            x = levels.to(weight.dtype)
+        return by_choice([x], groups, lambda part, k: F.conv2d(part, weight[k], **settings))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         stride, padding, groups = (ctx.settings[name] for name in ("stride", "padding", "groups"))
-        needs = ctx.needs_input_grad[:2]
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         of_weights = {}
 
         def backward(grad: Tensor, x: Tensor, k: int) -> Tensor:
@@ -135,34 +147,44 @@ class _ChoiceConv2d(torch.autograd.Function):
             )  # fmt: skip
             return grad_x
 
-        grad_x = by_choice([grad.contiguous(memory_format=torch.channels_last), x], ctx.choice, backward)
+        grad_x = by_choice([grad.contiguous(memory_format=torch.channels_last), x], ctx.groups, backward)
         grad_weight = None
         if needs[1]:
             absent = torch.zeros(weight.shape[1:], dtype=ctx.dtype)
             grad_weight = torch.stack([of_weights.get(k, absent) for k in range(len(weight))])
-        return grad_x, grad_weight, None, None, None
+        return grad_x, None, grad_weight, None, None, None
 
 
-def by_choice(
-    tensors: Sequence[Tensor], choice: Tensor | None, function: Callable[..., Tensor | None]
-) -> Tensor | None:
+def groups_of(choice: Tensor | None) -> Groups:
+    """Each choice that is there, and the indices of its images; None for all images, which need not be picked out.
+
+    Args:
+        choice: [B]; None for choice 0 throughout.
+    """
+    if choice is None or not len(choice):
+        return [(0, None)]
+    images = choice.argsort(stable=True).split(choice.bincount().tolist())
+    groups = [(k, own) for k, own in enumerate(images) if len(own)]
+    return groups if len(groups) > 1 else [(groups[0][0], None)]
+
+
+def by_choice(tensors: Sequence[Tensor], groups: Groups, function: Callable[..., Tensor | None]) -> Tensor | None:
     """What `function(*parts, k)` makes of the images of each choice k, joined to one batch, channels-last.
 
     Args:
         tensors: of the whole batch, [B, C, H, W], channels-last.
-        choice: [B]; None for choice 0 throughout.
+        groups: the images of each choice, see `groups_of`.
         function: of those of n images, to [n, C', H', W'], channels-last, or None.
     """
-    present = [0] if choice is None else choice.unique().tolist()
-    if len(present) < 2:
-        return function(*tensors, *present or [0])
+    (k, images), *_ = groups
+    if images is None:
+        return function(*tensors, k)
     joined = None
-    for k in present:
-        images = (choice == k).nonzero().squeeze(1)
+    for k, images in groups:
         part = function(*(_of(tensor, images) for tensor in tensors), k)
         if part is not None:
             rows = _rows(part)
-            joined = rows.new_empty(len(choice), *rows.shape[1:]) if joined is None else joined
+            joined = rows.new_empty(len(tensors[0]), *rows.shape[1:]) if joined is None else joined
             for image, row in zip(images.tolist(), rows, strict=True):  # faster than an assignment to `images`
                 joined[image].copy_(row)
     return None if joined is None else joined.permute(0, 3, 1, 2)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,9 +71,21 @@ def clip_round_bytes(
     return levels.permute(0, 3, 1, 2)
 
 
-def to_bytes(levels: Tensor) -> Tensor:
-    """Whole numbers from 0 to 255 in floating point, [B, C, H, W] channels-last, as uint8."""
-    return _run(_to_bytes, levels.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+def clip_round_carried(
+    y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The levels of `clip_round`, from 0 to 255, as bytes, and what carries their gradient, for bytes have none.
+
+    Args:
+        y: [B, C, H, W].
+        scale, shift, lowest, highest: as in `clip_round`.
+
+    Returns: uint8 [B, C, H, W], channels-last; a tensor of that shape in `y`'s type whose elements are all the same
+    place in memory and mean nothing: whoever reads the bytes gives it their gradient.
+    """
+    rows = y.permute(0, 2, 3, 1).contiguous()
+    carrier, levels = _ClipRoundCarried.apply(rows, scale, shift, lowest, highest)
+    return levels.permute(0, 3, 1, 2), carrier.permute(0, 3, 1, 2)
 
 
 def integer_depthwise(levels: Tensor, taps: Tensor, kernel_size: int, stride: int) -> Tensor:
@@ -102,12 +114,34 @@ class _ClipRound(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, *table = ctx.saved_tensors
-        grad_y, grad_scale, grad_shift = _run(_clip_round_backward, grad, y, *table, channels=ctx.channels)
-        below = above = None
-        if any(ctx.needs_input_grad[3:]):
-            below, above = _run(_clip_round_bounds_backward, grad, y, *table, channels=ctx.channels)
-        return grad_y, grad_scale, grad_shift, below, above, None
+        return *_clip_round_gradients(ctx, grad, ctx.channels), None
+
+
+class _ClipRoundCarried(torch.autograd.Function):
+    """On [B, H, W, C]."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, *table: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(y, *table)
+        levels = _run(_clip_round_bytes, y, *table, torch.zeros_like(table[-1]))
+        ctx.mark_non_differentiable(levels)
+        ctx.set_materialize_grads(False)
+        return torch.empty_strided(levels.shape, (0, 0, 0, 0), dtype=y.dtype, device=y.device), levels
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        return _clip_round_gradients(ctx, grad, "last")
+
+
+def _clip_round_gradients(ctx: Any, grad: Tensor, channels: Channels) -> tuple[Tensor | None, ...]:
+    """Of y, scale, shift, lowest and highest, the last two only where they are needed."""
+    y, *table = ctx.saved_tensors
+    grad_y, grad_scale, grad_shift = _run(_clip_round_backward, grad, y, *table, channels=channels)
+    below = above = None
+    if any(ctx.needs_input_grad[3:]):
+        below, above = _run(_clip_round_bounds_backward, grad, y, *table, channels=channels)
+    return grad_y, grad_scale, grad_shift, below, above
 
 
 class _SumsOfPowers(torch.autograd.Function):
@@ -207,10 +241,6 @@ def _clip_round_bytes(
     return _clipped(position, lowest, highest).add_(offset[:, None, None, None]).to(torch.uint8)
 
 
-def _to_bytes(levels: Tensor) -> Tensor:
-    return levels.to(torch.uint8)
-
-
 def _integer_depthwise_1(levels: Tensor, taps: Tensor) -> Tensor:
     height, width = levels.shape[1] - 2, levels.shape[2] - 2
     return sum(
@@ -233,7 +263,7 @@ def _integer_depthwise_2(levels: Tensor, taps: Tensor) -> Tensor:
 
 _PASSES = (
     _clip_round, _clip_round_backward, _clip_round_bounds_backward, _sums_of_powers, _sums_of_powers_backward,
-    _clip_round_bytes, _to_bytes, _integer_depthwise_1, _integer_depthwise_2,
+    _clip_round_bytes, _integer_depthwise_1, _integer_depthwise_2,
 )  # fmt: skip
 _compiled: dict[Callable, Callable] = {}
 _insists = False

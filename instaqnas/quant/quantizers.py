@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instaqnas.quant.fused import clip_round, clip_round_bytes
+from instaqnas.quant.fused import clip_round, clip_round_carried
 
 FULL_PRECISION = 32  # as a bit-width: not quantized
 SMALLEST_STEP, LARGEST_STEP = 1e-8, 1e8
@@ -273,10 +273,13 @@ class ActivationQuantizer(Quantizer):
             levels = torch.where(on.view(-1, 1, 1, 1), levels, self._unquantized(x))
         return levels, step
 
-    def byte_levels(self, x: Affine, choice: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same where all levels are bytes (`has_bytes`): uint8, channels-last, without gradient."""
+    def byte_levels(self, x: Affine, choice: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where all levels are bytes (`has_bytes`): uint8, channels-last; what carries their gradient; steps.
+
+        See `clip_round_carried`.
+        """
         tables, step = self._tables(x, choice)
-        return clip_round_bytes(x.y, *tables, torch.zeros_like(tables[-1])), step
+        return *clip_round_carried(x.y, *tables), step
 
     def _tables(self, x: Affine, choice: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """What `clip_round` wants: scale and shift [B, C], ends [B]; and the step sizes [K]."""

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instaqnas import ranks
-from instaqnas.quant.convolution import ByteConv2d, by_choice, choice_conv2d, plain_conv2d, uses_bytes
+from instaqnas.quant.convolution import (
+    ByteConv2d,
+    by_choice,
+    choice_conv2d,
+    groups_of,
+    keeps_bytes,
+    plain_conv2d,
+    uses_bytes,
+)
 from instaqnas.quant.fused import sums_of_powers
 from instaqnas.quant.quantizers import (
     Affine,
@@ -188,18 +196,21 @@ class SwitchableConv2d(nn.Module):
         if len(self.choices) == 1:
             choice = None
         x = as_affine(x)
-        if self._reads_bytes(x):
-            levels, input_step = self.input_quantizer.byte_levels(x, choice)
+        levels = None
+        if self.integers is not None and keeps_bytes(x.y):
+            levels, x, input_step = self.input_quantizer.byte_levels(x, choice)
+        else:
+            x, input_step = self.input_quantizer(x, choice)
+        if levels is not None and uses_bytes() and not torch.is_grad_enabled():
             convolutions, weight_step = self._packed_weight()
-            y = by_choice([levels], choice, lambda part, k: convolutions[k](part))
+            y = by_choice([levels], groups_of(choice), lambda part, k: convolutions[k](part))
         else:
             self._packed = None
-            levels, input_step = self.input_quantizer(x, choice)
             weight, weight_step = self.weight_quantizer(self.weight)
             if choice is None and input_step is None:
-                y = plain_conv2d(levels, weight[0], **self._settings)
+                y = plain_conv2d(x, weight[0], **self._settings)
             else:
-                y = choice_conv2d(levels, weight, choice, **self._settings, integers=self.integers)
+                y = choice_conv2d(x, weight, choice, **self._settings, levels=levels, integers=self.integers)
         factor = _product(None if input_step is None else input_step[:, None], weight_step)  # [K, 1] or [K, out]
         if self.norm is not None:
             return self.norm(y, factor, choice)
@@ -209,12 +220,6 @@ class SwitchableConv2d(nn.Module):
     @property
     def _settings(self) -> dict[str, int]:
         return {"stride": self.stride, "padding": self.padding, "groups": self.groups}
-
-    def _reads_bytes(self, x: Affine) -> bool:
-        """Whether all there is to do is to convolve bytes."""
-        if self.integers is None or torch.is_grad_enabled() or x.y.device.type != "cpu":
-            return False
-        return x.y.dtype != torch.float64 and not torch.is_autocast_enabled("cpu") and uses_bytes()
 
     def _packed_weight(self) -> PackedWeight:
         """The weight as bytes, packed once for as long as it does not change.

@@ -40,6 +40,10 @@ def levels(shape: tuple[int, ...], lowest: int, highest: int, seed: int = 0) -> 
     return torch.randint(lowest, highest + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
+def as_bytes(x: Tensor) -> Tensor:
+    return x.detach().to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
 def by_loop(x: Tensor, weight: Tensor, choice: list[int], **settings: int) -> Tensor:
     """By a loop over images, in float64."""
     return torch.cat([F.conv2d(x[b : b + 1].double(), weight[k].double(), **settings) for b, k in enumerate(choice)])
@@ -74,7 +78,8 @@ def test_sums_of_levels_and_their_gradients_equal_a_loop(
     x = levels((5, channels, 7, 9), 0, 255).requires_grad_()
     ends = (-128, 127) if integers == torch.int8 else (-255, 255)
     weight = levels((3, out, channels // groups, kernel, kernel), *ends, seed=1).requires_grad_()
-    y = choice_conv2d(x, weight, torch.tensor(choice), **settings, integers=integers)
+    kept = {} if integers is None else {"levels": as_bytes(x), "integers": integers}
+    y = choice_conv2d(x, weight, torch.tensor(choice), **settings, **kept)
     theirs = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
     expected = by_loop(*theirs, choice, **settings)
     assert torch.equal(y.double(), expected)
@@ -88,7 +93,7 @@ def test_sums_of_levels_and_their_gradients_equal_a_loop(
 def test_where_no_gradient_of_the_input_is_needed_that_of_the_weight_is_the_same() -> None:
     x, weight = levels((4, 3, 5, 5), 0, 15), levels((2, 4, 3, 3, 3), -8, 7).requires_grad_()
     choice, settings = torch.tensor([1, 0, 1, 1]), {"stride": 1, "padding": 1, "groups": 1}
-    choice_conv2d(x, weight, choice, **settings, integers=torch.int8).sum().backward()
+    choice_conv2d(x, weight, choice, **settings, levels=as_bytes(x), integers=torch.int8).sum().backward()
     own = weight.detach().double().requires_grad_()
     by_loop(x, own, choice.tolist(), **settings).sum().backward()
     assert torch.equal(weight.grad.double(), own.grad)
@@ -134,7 +139,7 @@ def test_gradients_in_bf16_are_close_on_maps_of_any_size(
     settings = {"stride": stride, "padding": padding, "groups": groups}
     choice = torch.tensor(picked) if picked else None
     with torch.autocast("cpu", torch.bfloat16):
-        y = choice_conv2d(x, weight, choice, **settings, integers=None)
+        y = choice_conv2d(x, weight, choice, **settings)
     y.float().square().sum().backward()
     theirs = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
     by_loop(*theirs, picked or [0] * 4, **settings).square().sum().backward()
