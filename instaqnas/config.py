@@ -236,8 +236,8 @@ class SearchConfig(QuantTrainConfig):
 
     Args:
         train_detector: if not, the policy alone is trained, and the detector stays as it was pretrained, but for the
-            BatchNorm statistics that `batch_norm_batches` asks for; learning rate and losses of the detector are then
-            of no account.
+            BatchNorm statistics that `batch_norm_batches` asks for, in batches of `batch_size`; learning rate and
+            losses of the detector are then of no account.
         policy_lr: learning rate of the policy (Adam, constant).
         policy_batch_size: images a policy step, those of all processes.
         epsilon_start: share of uniform exploration in the first epoch.
@@ -420,6 +420,8 @@ def _check_combinations(config: Config) -> None:
         raise _unexpected("policy.effort", "true for search.start = between", config.policy.effort)
     if config.search.start != "uniform" and config.reward.name != "budget":
         raise _unexpected("search.start", f"uniform for reward.name = {config.reward.name}", config.search.start)
+    if config.search.ema_decay and not config.search.train_detector:
+        raise _unexpected("search.ema_decay", "0 for search.train_detector = false", config.search.ema_decay)
     if config.search.baseline == "rloo" and config.search.samples < 2:
         raise _unexpected("search.samples", "at least 2 for search.baseline = rloo", config.search.samples)
 

@@ -404,6 +404,12 @@ def test_rewards_that_take_quality_for_a_share_refuse_the_negative_loss(
         assert parse(MINIMAL, *options).config.reward.quality == "loss"
 
 
+def test_a_detector_that_the_search_leaves_alone_has_no_average(refusal: Callable[..., str], parse: Parse) -> None:
+    message = refusal(MINIMAL, "--search.train_detector=false", "--search.ema_decay=0.5")
+    assert message == "search.ema_decay: expected 0 for search.train_detector = false, got 0.5"
+    assert parse(MINIMAL, "--search.ema_decay=0.5").config.search.train_detector
+
+
 def test_leaving_one_out_needs_two_samples(refusal: Callable[..., str], parse: Parse) -> None:
     message = refusal(MINIMAL, "--search.baseline=rloo")
     assert message == "search.samples: expected at least 2 for search.baseline = rloo, got 1"

@@ -59,12 +59,15 @@ def budget_offset(logits: Tensor, costs: Tensor, fixed: float, target: float, al
     The mean cost falls with the price in steps of one position of one image, so bisection finds it; where images with
     equal logits make a step too wide for `TOLERANCE`, the end that is nearer to the target is taken.
 
+    With `along` it is -price * `along`. Unless that rises with the costs at every position, the mean cost need not
+    fall with the price, and the target need not be met.
+
     Args:
         logits: of the policy in evaluation, [N, L, K].
         costs: GBitOps of each choice at each position, [L, K].
         fixed: GBitOps of all that is not chosen, policy included.
         target: mean GBitOps, from that of the cheapest configuration to that of the dearest.
-        along: [L, K], what logits are shifted in proportion to instead of the costs, larger for dearer choices.
+        along: [L, K], what logits are shifted in proportion to instead of the costs.
     """
     logits, costs = logits.double(), costs.double()
     along = costs if along is None else along.double()

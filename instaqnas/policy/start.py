@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PROBABILITY = 0.99  # of a configuration's choice at a position: there are dozens of them, and some choices are dear
-SPREAD = 0.3  # efforts at which positions go from one configuration to the other reach from -0.02 to 0.02
+SPREAD = 0.3  # positions go over from one configuration to the other at efforts from -0.3 to 0.3
 
 
 def start_between(

@@ -43,7 +43,7 @@ def choice_conv2d(
         levels: what is convolved, where it is bytes (`keeps_bytes`), uint8 [B, in, H, W], channels-last.
         integers: what holds the whole numbers of `weight` then, int8 or int16.
     """
-    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+    if levels is not None or (x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")):
         settings = {"stride": stride, "padding": padding, "groups": groups}
         return _ChoiceConv2d.apply(x, levels, weight, groups_of(choice), integers, settings)
     if choice is None:

@@ -1,9 +1,9 @@
 """The elementwise passes of a quantized layer, each as one pass over memory, with their gradients.
 
 Beside its convolution a quantized layer costs memory traffic: statistics of BatchNorm, normalisation, ReLU, rounding.
-Two passes do it all. `sums_of_powers` reads a feature map once; `clip_round` reads it once more and writes what the
-next convolution reads: normalisation and division by the step size are one multiply-add, and clipping at an unsigned
-grid's lowest level, 0, is the ReLU.
+Two passes do it all. `sums_of_powers` reads a feature map once; `clip_round`, or `clip_round_carried` in bytes, reads
+it once more and writes what the next convolution reads: normalisation and division by the step size are one
+multiply-add, and clipping at an unsigned grid's lowest level, 0, is the ReLU.
 
 Composed from torch operations each of them is three to five passes; `torch.compile` makes one loop of it
 (`compile_passes`). Only these few functions are compiled, not the network: seconds instead of minutes.

@@ -276,10 +276,11 @@ class ActivationQuantizer(Quantizer):
     def byte_levels(self, x: Affine, choice: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The same where all levels are bytes (`has_bytes`): uint8, channels-last; what carries their gradient; steps.
 
-        See `clip_round_carried`.
+        See `clip_round_carried`. No byte says that something is not finite: the step sizes do.
         """
         tables, step = self._tables(x, choice)
-        return *clip_round_carried(x.y, *tables), step
+        finite = torch.stack([table.isfinite().all() for table in tables[:2]]).all()
+        return *clip_round_carried(x.y, *tables), torch.where(finite, step, torch.nan)
 
     def _tables(self, x: Affine, choice: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """What `clip_round` wants: scale and shift [B, C], ends [B]; and the step sizes [K]."""

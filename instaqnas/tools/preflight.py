@@ -4,7 +4,8 @@ Data: every annotation and every image header of the splits in use. Disk: what t
 stage runs as it will, but for two epochs on a few images, in a temporary run and a process of its own: what fails there
 would fail later, the most memory it takes is that of the stage, and the second epoch tells how long all will take.
 
-The times are those of this machine with nothing else to do, and of one process. The memory is that of the process that
+The times are those of this machine with nothing else to do, and of one process. What a search does before its first
+epoch (`search.start`) is timed on the few images too, and takes longer on all. The memory is that of the process that
 trains; those that read images for it are not in it. Exit status 2 if a stage would fail.
 """
 
@@ -214,13 +215,18 @@ class ShortExperiment(Experiment):
             images = args[0]
             if module.training and torch.is_grad_enabled():
                 self.passes[name].append(Forward(self._now(), len(images)))
-            elif module.training and self.passes[name]:  # after it has been trained; before, it was calibrated
+            elif module.training and self._after_training(name):  # before, it was calibrated
                 self.passes["batch_norm"].append(Forward(self._now(), len(images)))
             elif self.evaluating and name == "detector" and images.dtype == torch.uint8:  # not to measure its cost
                 self.passes["evaluation"].append(Forward(self._now(), len(images)))
 
         network.register_forward_pre_hook(note)
         return network
+
+    def _after_training(self, network: str) -> bool:
+        """Whether the detector or the policy has been trained, or is not to be."""
+        untrained = self.stage == "search" and network == "detector" and not self.config.search.train_detector
+        return untrained or bool(self.passes[network])
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -302,9 +308,8 @@ def _figures(config: Config, run: Path, experiment: ShortExperiment, start: floa
             save_seconds=0.0,
         )
     settings = getattr(config, stage)
-    batch_sizes = {"detector": settings.batch_size}
+    batch_sizes = {"detector": settings.batch_size} if stage != "search" or settings.train_detector else {}
     if stage == "search":
-        batch_sizes = batch_sizes if settings.train_detector else {}
         batch_sizes["policy"] = settings.policy_batch_size
     epoch_seconds, begun, warm_up = 0.0, math.inf, 0.0
     for name, batch_size in batch_sizes.items():

@@ -100,7 +100,9 @@ def checkpoint_bytes(experiment: Experiment, stage: str) -> int:
     full = stage == "pretrain_fp32"
     detector = experiment.detector(DetectorBits.full_precision()) if full else experiment.quantized_detector()
     networks = 2 if settings.ema_decay else 1
-    total = networks * _bytes(detector) + MOMENTS[settings.optimizer] * _parameter_bytes(detector)
+    total = networks * _bytes(detector)
+    if stage != "search" or settings.train_detector:
+        total += MOMENTS[settings.optimizer] * _parameter_bytes(detector)
     if stage in POLICY_STAGES:
         policy = experiment.policy()
         total += _bytes(policy)

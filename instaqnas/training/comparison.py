@@ -4,7 +4,7 @@ row                      detector, if it was not trained under that very configu
 fp32                     of the full-precision training
 uniform:..., static      of the quantized training, which knows all configurations; also what finetuning starts from
 random                   the same
-policy                   its own: trained along in the search, then finetuned
+policy                   its own: of the search, which may have trained it along, then finetuned
 frequencies, modal       the policy's: it has seen these choices for as long as the policy has been trained
 """
 

@@ -275,7 +275,7 @@ class Experiment:
             seed=derived_seed(self.config.seed, stage, "order"),
             workers=_workers_per_process() if workers < 0 else workers,
             drop_last=training,
-            share=(distributed.rank(), world_size()),
+            share=(distributed.rank() if world_size() > 1 else 0, world_size()),  # all of it under `ranks.alone`
         )
 
 
@@ -299,6 +299,18 @@ def finished_checkpoint(run: Path, stage: str, settings: TrainConfig, script: st
             f"here that it was trained with"
         )
     return path
+
+
+def check_search(config: Config, source: Path) -> None:
+    """Raises InputError if the search behind a checkpoint trained the detector and that of the config does not, or the
+    other way round: rivals are trained as long as the adaptive detector.
+    """
+    searched = load_checkpoint(source)["config"]["search"].get("train_detector", True)
+    if searched != config.search.train_detector:
+        raise InputError(
+            f"search.train_detector: {str(searched).lower()} in the search of {source}, here "
+            f"{str(config.search.train_detector).lower()}; give it as it was"
+        )
 
 
 def teacher_checkpoint(command: Command, stage: str, settings: QuantTrainConfig) -> Path | None:

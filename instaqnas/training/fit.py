@@ -44,7 +44,7 @@ class TrainState:
         return self.running.setdefault(name, EpochSums())
 
     def detector_steps(self, steps_per_epoch: int) -> int:
-        """Steps that the detector has been trained."""
+        """Steps that the detector has been trained, or, in a search that leaves it alone, would have been."""
         return self.epoch * steps_per_epoch + self.running.get("detector", EpochSums()).steps
 
     def state_dict(self) -> dict[str, Any]:

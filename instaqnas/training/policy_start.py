@@ -55,7 +55,7 @@ def begin_between(
         policy: calibrated, with effort.
         policy_cost: GBitOps of a decision.
 
-    Returns: the price of GBitOps at which the image at the limit gains as much as it costs.
+    Returns: the first price of GBitOps, at which as large a share of the images gains more than it costs.
     """
     costs, target = detector_costs(detector), experiment.config.reward.target_gbitops
     table = costs.table.tolist()
@@ -81,15 +81,14 @@ def begin_between(
         correlation = rank_correlation(efforts_of(experiment, detector, policy).double(), low_losses.double())
     gbitops = costs.gbitops(torch.tensor([low, best.high], device=costs.table.device)).tolist()
     difference = gbitops[1] - gbitops[0]  # 0 if the target leaves no room
-    gain = best.gains.quantile(1 - best.share).item()
     log.info(
         "search: starts between fixed configurations of %.4g and %.4g GBitOps, policy not counted; the second for %.0f "
-        "%% of the images, whose loss it lowers by more than %.3g; rank correlation of effort and loss %.2f",
+        "%% of the images; rank correlation of effort and loss %.2f",
         *gbitops,
         100 * best.share,
-        gain,
         correlation,
     )
+    gain = best.gains.quantile(1 - best.share).item()
     return Multiplier(integral=max(0.0, gain / difference * target) if difference else 0.0)
 
 

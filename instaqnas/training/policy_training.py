@@ -146,7 +146,8 @@ class PolicyTraining:
         directions = [table] if self.policy.effort is None else [self.policy.effort.cpu(), table]
         shifted = logits.double()
         for along in directions:
-            shifted = shifted + budget_offset(shifted, table, fixed, target, along)
+            moved = shifted + budget_offset(shifted, table, fixed, target, along)
+            shifted = min(shifted, moved, key=lambda values: abs(greedy_gbitops(values, table, fixed) - target))
         self.policy.add_to_logits((shifted - logits)[0])
         before, after = (greedy_gbitops(values, table, fixed) for values in (logits, shifted))
         log.info(

@@ -28,6 +28,7 @@ from instaqnas.training import distributed
 from instaqnas.training.experiment import (
     POLICY_STAGES,
     Experiment,
+    check_search,
     latest_policy_checkpoint,
     load_network,
     pretrained_checkpoint,
@@ -66,7 +67,8 @@ def fixed_config(config: Config) -> Config:
     """`config` with the section `finetune` that a detector under a fixed configuration follows.
 
     If the search trains the detector, that has as many epochs as search and finetuning together, in one cosine from the
-    higher of the two learning rates, and distills if one of them does; all else is as in `finetune`.
+    higher of the two learning rates, and distills if one of them does; all else is as in `finetune`. If it does not,
+    the section stays as it is.
     """
     search, finetune = config.search, config.finetune
     if not search.train_detector:
@@ -119,6 +121,7 @@ class Rivals:
         """The run's latest policy, in eval mode."""
         policy = self.experiment.policy()
         source = latest_policy_checkpoint(self.command)
+        check_search(self.experiment.config, source)
         load_network(self.experiment, policy, "policy", source, stages=POLICY_STAGES)
         return policy.eval()
 

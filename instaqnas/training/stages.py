@@ -42,6 +42,7 @@ from instaqnas.training.experiment import (
     QUANTIZED_STAGES,
     Experiment,
     check_held_out,
+    check_search,
     finished_checkpoint,
     load_network,
     pretrained_checkpoint,
@@ -344,6 +345,7 @@ def run_finetune(command: Command, build: BuildExperiment = Experiment) -> None:
     experiment, config = _start(command, build, "finetune"), command.config
     settings = config.finetune
     source = command.init or finished_checkpoint(command.run, "search", config.search, "search.py")
+    check_search(config, source)
     teacher = teacher_checkpoint(command, "finetune", settings)
     run_dir = RunDir(
         command.run,

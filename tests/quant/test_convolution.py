@@ -75,12 +75,13 @@ def test_sums_of_levels_and_their_gradients_equal_a_loop(
     monkeypatch.setattr(convolution, "PIXELS_WORTH_PACKING", worth_packing)
     channels, out, kernel, stride, padding, groups = shape
     settings = {"stride": stride, "padding": padding, "groups": groups}
-    x = levels((5, channels, 7, 9), 0, 255).requires_grad_()
+    x = levels((5, channels, 7, 9), 0, 255)
     ends = (-128, 127) if integers == torch.int8 else (-255, 255)
     weight = levels((3, out, channels // groups, kernel, kernel), *ends, seed=1).requires_grad_()
-    kept = {} if integers is None else {"levels": as_bytes(x), "integers": integers}
-    y = choice_conv2d(x, weight, torch.tensor(choice), **settings, **kept)
     theirs = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    kept = {} if integers is None else {"levels": as_bytes(x), "integers": integers}
+    x = (x.clone() if integers is None else torch.full_like(x, torch.nan)).requires_grad_()  # not read beside bytes
+    y = choice_conv2d(x, weight, torch.tensor(choice), **settings, **kept)
     expected = by_loop(*theirs, choice, **settings)
     assert torch.equal(y.double(), expected)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
@@ -278,6 +279,19 @@ def test_a_packed_weight_follows_every_change(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(convolution.ByteConv2d, "__init__", None)  # nothing is packed again
     assert torch.equal(layer(x, choice).value(), before)
     assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_an_input_that_is_not_finite_shows_in_training(batch_norm: bool) -> None:
+    """Behind a layer with BatchNorm, whose statistics have it; an image would be looked at as floats."""
+    first = SwitchableConv2d(4, 4, 1, [(4, 4), (2, 2)], signed_input=True)
+    layer = SwitchableConv2d(4, 6, 1, [(4, 4), (2, 2)], batch_norm=batch_norm)
+    x, choice = torch.rand(3, 4, 5, 5), torch.tensor([0, 1, 0])
+    first.initialize_steps(x)
+    layer.initialize_steps(first(x, choice))
+    assert layer(first(x, choice), choice).value().isfinite().all()
+    x[1, 0, 0, 0] = torch.nan
+    assert not layer(first(x, choice), choice).value()[1].isfinite().any()
 
 
 @needs_bytes

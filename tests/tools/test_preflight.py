@@ -133,6 +133,17 @@ def test_parts_of_batches_and_the_last_statistics_of_batch_norm_are_counted(
 
 
 @pytest.mark.slow
+def test_a_search_that_leaves_the_detector_alone_takes_the_time_of_the_policy(
+    measure: Callable[..., StageFigures],
+) -> None:
+    for stage in ("pretrain_fp32", "pretrain_quant"):
+        measure(stage)
+    figures = measure("search", "--search.train_detector=false", "--search.batch_norm_batches=6")
+    assert figures.epoch_seconds == pytest.approx(50 // 6)
+    assert figures.batch_norm_seconds == 6
+
+
+@pytest.mark.slow
 def test_times_of_all_stages_by_a_clock_of_forward_passes(measure: Callable[..., StageFigures]) -> None:
     measured = {stage: measure(stage) for stage in STAGES}
     epochs = {stage: (figures.epochs, figures.epoch_seconds) for stage, figures in measured.items()}

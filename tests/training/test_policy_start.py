@@ -12,7 +12,7 @@ import torch
 
 from instaqnas.config import Command
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
-from instaqnas.policy.budget import Multiplier
+from instaqnas.policy.budget import TOLERANCE, Multiplier
 from instaqnas.policy.diagnostics import rank_correlation
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.switchable import calibrate
@@ -127,13 +127,10 @@ def test_a_target_without_room_begins_at_the_cheapest_configuration(command: Com
     assert not policy.effort.any()
 
 
-def test_a_search_that_trains_nothing_ends_with_the_images_of_most_effort_the_dearest(
-    command: Command, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_search_that_trains_nothing_ends_with_the_images_of_most_effort_the_dearest(command: Command) -> None:
     """It meets its budget by more or less effort for all, which leaves their order as it was."""
     frozen = replace(command.config.search, policy_lr=1e-12, train_detector=False, epochs=1)
-    with caplog.at_level(logging.INFO):
-        stages.run_search(replace(command, config=replace(command.config, search=frozen)))
+    stages.run_search(replace(command, config=replace(command.config, search=frozen)))
     experiment = Experiment(command.config)
     detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
     for name, network in (("detector", detector), ("policy", policy)):
@@ -141,9 +138,12 @@ def test_a_search_that_trains_nothing_ends_with_the_images_of_most_effort_the_de
     images = torch.cat([batch.images for batch in experiment.policy_images()])
     with torch.no_grad():
         efforts, choices = policy.efforts(images), policy(images).argmax(-1)
-    gbitops = detector_costs(detector).gbitops(choices)
+    costs = detector_costs(detector)
+    gbitops = costs.gbitops(choices)
     assert gbitops.max() > gbitops.min()
     assert (gbitops[efforts.argsort()].diff() >= 0).all()
+    target = command.config.reward.target_gbitops
+    assert gbitops.mean().item() + policy_gbitops(policy, 64) == pytest.approx(target, rel=TOLERANCE)
 
 
 def test_flips_are_one_in_two_each_way_and_change_nothing_else() -> None:
@@ -153,3 +153,36 @@ def test_flips_are_one_in_two_each_way_and_change_nothing_else() -> None:
     assert torch.equal(flipped, torch.stack([images[0].flip(-1), images[1].flip(-2)]))
     flipped = policy_start._flipped(images, numbers, vertical=False)
     assert torch.equal(flipped, torch.stack([images[0].flip(-1), images[1]]))
+
+
+def test_the_fit_sees_other_flips_in_every_epoch_and_the_same_ones_again(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    flipped = policy_start._flipped
+
+    def watched(images: torch.Tensor, numbers: torch.Tensor, *, vertical: bool) -> torch.Tensor:
+        seen.append((numbers < 0.5).tolist())
+        assert vertical  # as the config says
+        return flipped(images, numbers, vertical=vertical)
+
+    monkeypatch.setattr(policy_start, "_flipped", watched)
+    experiment, source = Experiment(command.config), pretrained_checkpoint(command)
+    detector = experiment.adaptive_detector().eval()
+    load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
+    for _ in range(2):
+        policy = experiment.policy()
+        with torch.no_grad():
+            calibrate(policy, lambda network=policy: network(experiment.calibration_batch().images))
+        begin_between(experiment, source, detector, policy, policy_gbitops(policy, 64))
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) == policy_start.EPOCHS  # of one batch each
+    assert first == second
+    assert len({str(sorted(flips)) for flips in first}) > 1
+
+
+def test_a_process_that_computes_alone_has_all_images(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment(command.config)
+    every = [key.index for batch in experiment.policy_images() for key in batch.keys]
+    monkeypatch.setattr("instaqnas.training.distributed.rank", lambda: 1)  # of several, under `ranks.alone`
+    assert [key.index for batch in experiment.policy_images() for key in batch.keys] == every == list(range(8))

@@ -130,9 +130,53 @@ def test_search_can_leave_the_detector_as_it_was_pretrained(finished_run: Path, 
     assert len(lines) == 2
     assert "reward/sampled" in lines[-1]
     assert not any(name.startswith("train/") for line in lines for name in line)
+    with pytest.raises(InputError, match=r"^search\.train_detector: false in the search of .*, here true"):
+        stages.run_finetune(make_command("finetune", run))
     stages.run_finetune(make_command("finetune", run, *options))
+    with pytest.raises(InputError, match=r"^search\.train_detector: false in the search of .*, here true"):
+        stages.run_finetune(make_command("finetune", run, "--bits", "static"))
     assert further_epochs(load_checkpoint(run / "search" / "last.pt")) == 0
     assert further_epochs(load_checkpoint(run / "finetune" / "last.pt")) == 1
+
+
+def test_a_search_that_leaves_the_detector_alone_can_renew_its_batch_norm(
+    finished_run: Path, make_command, tmp_path: Path
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_quant")
+    stages.run_search(make_command("search", run, "--search.train_detector=false", "--search.batch_norm_batches=1"))
+    before, after = (
+        load_checkpoint(path)["networks"]["detector"]
+        for path in (best_checkpoint(run, "pretrain_quant"), run / "search" / "last.pt")
+    )
+    changed = {name.rpartition(".")[2] for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed == {"running_mean", "running_var"}
+
+
+@pytest.mark.slow
+def test_a_search_that_leaves_the_detector_alone_continues_within_an_epoch(
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run = (copy_stages(finished_run, tmp_path / name, "pretrain_quant") for name in ("whole", "run"))
+    options = ("--search.train_detector=false", "--search.save_minutes=1e-9")
+    stages.run_search(make_command("search", whole, *options))
+    saves, save = [], stages.RunDir.save
+
+    def interrupted(self: stages.RunDir, *args: object, **settings: object) -> None:
+        save(self, *args, **settings)
+        saves.append(1)
+        if len(saves) == 4:  # two steps an epoch, each saved, and the epoch
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.RunDir, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stages.run_search(make_command("search", run, *options))
+    state = load_checkpoint(run / "search" / "last.pt")
+    assert (state["epoch"], list(state["running"])) == (1, ["policy"])
+    stages.run_search(make_command("search", run, *options))
+    expected, found = (load_checkpoint(r / "search" / "last.pt")["networks"] for r in (whole, run))
+    for network, weights in expected.items():
+        assert all(torch.equal(found[network][name], value) for name, value in weights.items())
 
 
 def test_same_seed_gives_the_same_weights(finished_run: Path, make_command, tmp_path: Path) -> None:
