@@ -50,7 +50,7 @@ def greedy_gbitops(logits: Tensor, costs: Tensor, fixed: float) -> float:
     return fixed + costs.expand_as(logits).gather(-1, logits.argmax(-1, keepdim=True)).sum().item() / len(logits)
 
 
-def budget_offset(logits: Tensor, costs: Tensor, fixed: float, target: float, along: Tensor | None = None) -> Tensor:
+def budget_offset(logits: Tensor, costs: Tensor, fixed: float, target: float) -> Tensor:
     """What to add to a policy's logits, [L, K], so that the most likely choices of N images cost `target` on average.
 
     It is -price * costs, with one price for all images and positions. The choices become those that maximise
@@ -59,32 +59,27 @@ def budget_offset(logits: Tensor, costs: Tensor, fixed: float, target: float, al
     The mean cost falls with the price in steps of one position of one image, so bisection finds it; where images with
     equal logits make a step too wide for `TOLERANCE`, the end that is nearer to the target is taken.
 
-    With `along` it is -price * `along`. Unless that rises with the costs at every position, the mean cost need not
-    fall with the price, and the target need not be met.
-
     Args:
         logits: of the policy in evaluation, [N, L, K].
         costs: GBitOps of each choice at each position, [L, K].
         fixed: GBitOps of all that is not chosen, policy included.
         target: mean GBitOps, from that of the cheapest configuration to that of the dearest.
-        along: [L, K], what logits are shifted in proportion to instead of the costs.
     """
     logits, costs = logits.double(), costs.double()
-    along = costs if along is None else along.double()
 
     def mean_gbitops(price: float) -> float:
-        return greedy_gbitops(logits - price * along, costs, fixed)
+        return greedy_gbitops(logits - price * costs, costs, fixed)
 
-    differences = (along[:, :, None] - along[:, None, :]).abs()
+    differences = (costs[:, :, None] - costs[:, None, :]).abs()
     if not differences.any():  # nothing to choose from, or all at the same cost
         return torch.zeros_like(costs)
     smallest = differences[differences > 0].min().item()
-    highest = 1 + 2 * (logits.amax() - logits.amin()).item() / smallest  # here `along` alone decides
+    highest = 1 + 2 * (logits.amax() - logits.amin()).item() / smallest  # here cost alone decides
     low, high = -highest, highest
     for _ in range(BISECTIONS):
         price = (low + high) / 2
         cost = mean_gbitops(price)
         if abs(cost / target - 1) < TOLERANCE:
-            return -price * along
+            return -price * costs
         low, high = (price, high) if cost > target else (low, price)
-    return -min(low, high, key=lambda price: abs(mean_gbitops(price) - target)) * along
+    return -min(low, high, key=lambda price: abs(mean_gbitops(price) - target)) * costs

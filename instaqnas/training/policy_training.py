@@ -135,24 +135,19 @@ class PolicyTraining:
         """Shifts the logits once, if the reward has a target, so that the images the policy learns from cost that.
 
         Dual ascent comes near it, with an error that is as large as its last swing; and the network in evaluation is
-        not quite the one in training. A policy with effort has all images make so much more or less of it, which leaves
-        their order as it is, and the price of GBitOps only decides what is left. See `budget_offset`.
+        not quite the one in training. See `budget_offset`.
         """
         target = self.target_gbitops
         if target is None:
             return
         logits, table, fixed = self.survey().logits, self.costs.gbitops_table(), self.costs.fixed / 1e9
         fixed += self.own_gbitops
-        directions = [table] if self.policy.effort is None else [self.policy.effort.cpu(), table]
-        shifted = logits.double()
-        for along in directions:
-            moved = shifted + budget_offset(shifted, table, fixed, target, along)
-            shifted = min(shifted, moved, key=lambda values: abs(greedy_gbitops(values, table, fixed) - target))
-        self.policy.add_to_logits((shifted - logits)[0])
-        before, after = (greedy_gbitops(values, table, fixed) for values in (logits, shifted))
+        offset = budget_offset(logits, table, fixed, target)
+        before, after = (greedy_gbitops(values, table, fixed) for values in (logits, logits + offset.to(logits)))
+        self.policy.add_to_logits(offset)
         log.info(
-            "search: the policy's %d training images cost %.4g GBitOps, %+.1f %% off the target; with all logits "
-            "shifted alike %.4g, %+.1f %%",
+            "search: the policy's %d training images cost %.4g GBitOps, %+.1f %% off the target; with its logits "
+            "shifted in proportion to the costs %.4g, %+.1f %%",
             len(logits),
             before,
             100 * (before / target - 1),

@@ -51,7 +51,7 @@ from instaqnas.training.experiment import (
 from instaqnas.training.fit import TrainState, fit
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
 from instaqnas.training.pictures import draw_detections, draw_objects
-from instaqnas.training.policy_start import begin_between
+from instaqnas.training.policy_start import begin_by_loss
 from instaqnas.training.policy_training import PolicyTraining
 from instaqnas.training.report import format_table, write_report
 from instaqnas.training.rivals import Rivals, fixed_config, fixed_stage, fixed_within
@@ -294,8 +294,8 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
         seen = detector.look(experiment.calibration_batch().images).seen
         with alone():
             calibrate(policy, lambda: policy(seen))
-        if settings.start == "between":
-            first_multiplier = begin_between(experiment, source, detector.eval(), policy, policy_cost)
+        if settings.start == "sensitivity":
+            first_multiplier = begin_by_loss(experiment, source, detector.eval(), policy, policy_cost)
         elif settings.start == "static":
             best = fixed_within(experiment, source, config.reward.target_gbitops - policy_cost)[0]
             policy.add_to_logits(start_logits(best.configuration, len(detector.choices)))

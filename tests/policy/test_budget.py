@@ -142,21 +142,6 @@ def test_images_with_equal_logits_end_as_near_as_a_step_allows() -> None:
         assert greedy_gbitops(logits + offset, costs, 0.0) == met
 
 
-def test_logits_can_be_shifted_in_other_proportions_than_those_of_costs() -> None:
-    """Images whose logits differ by effort alone keep their order: those of most effort are the dearest."""
-    costs, along = torch.tensor([[1.0, 3.0], [1.0, 9.0]]).double(), torch.tensor([[-1.0, 1.0], [-2.0, 2.0]])
-    efforts = torch.linspace(-1, 1, 101, dtype=torch.float64)
-    logits = efforts[:, None, None] * along
-    for share in (0.1, 0.4, 0.9):
-        target = 2 + share * 10
-        offset = budget_offset(logits, costs, 0.0, target, along)
-        choices = (logits + offset).argmax(-1)
-        dearer = round(share * 101)
-        assert choices.tolist() == [[0, 0]] * (101 - dearer) + [[1, 1]] * dearer  # both positions at once
-    by_price = (logits + budget_offset(logits, costs, 0.0, 7.0)).argmax(-1)
-    assert by_price[:, 0].sum() != by_price[:, 1].sum()
-
-
 @pytest.mark.parametrize("costs", [[[0.5]], [[0.5, 0.5]]])
 def test_without_anything_to_choose_nothing_is_shifted(costs: list[list[float]]) -> None:
     table = torch.tensor(costs).double()

@@ -1,56 +1,89 @@
-"""Between two fixed configurations: ends, and the order in between."""
+"""The first logits of a policy: the best choices at one price, for images of different hardness."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
+from instaqnas.policy.budget import TOLERANCE
 from instaqnas.policy.network import PolicyNet
-from instaqnas.policy.start import PROBABILITY, SPREAD, start_between
+from instaqnas.policy.start import PROBABILITY, start_at_price
 
-LOW, HIGH = [0, 1, 0, 2, 0], [2, 1, 1, 0, 0]
-WORTH = [0.3, 9.0, 0.9, -0.5, 9.0]  # of the positions that move the third goes first, then the first, then the fourth
-
-
-def likeliest(effort: float) -> list[int]:
-    logits, direction = start_between(LOW, HIGH, WORTH, 3)
-    return (logits + effort * direction).argmax(-1).tolist()
+COSTS = torch.tensor([[0.1, 0.2, 0.5], [1.0, 2.0, 5.0], [0.2, 0.1, 0.4], [0.3, 0.6, 1.5]]).double()
+LOSSES = torch.tensor([[9.0, 8.0, 7.5], [9.0, 6.0, 3.0], [8.0, 9.0, 7.0], [7.0, 7.0, 6.0]])
+EFFORTS = torch.linspace(-1, 1, 201)
+FIXED = 3.0
+NONE = torch.zeros(4, dtype=torch.bool)
 
 
-def test_at_the_ends_the_likeliest_choices_are_those_of_the_two_configurations() -> None:
-    logits, direction = start_between(LOW, HIGH, WORTH, 3)
-    assert likeliest(-1) == LOW
-    assert likeliest(1) == HIGH
-    for effort, configuration in ((-1, LOW), (1, HIGH)):
-        probability = (logits + effort * direction).softmax(-1)[range(5), configuration]
-        torch.testing.assert_close(probability[[1, 4]], torch.full((2,), PROBABILITY))
-        assert (probability > 0.5).all()
+def choices_at(price: float) -> Tensor:
+    """[N, L], by trying all K."""
+    rows = []
+    for effort in EFFORTS.tolist():
+        total = (1 + effort) * LOSSES.double() + price * COSTS
+        rows.append([min(range(3), key=row.__getitem__) for row in total.tolist()])
+    return torch.tensor(rows)
 
 
-def test_positions_go_over_in_the_order_of_worth() -> None:
-    steps = [likeliest(effort) for effort in torch.linspace(-SPREAD, SPREAD, 99).tolist()]
-    assert [steps[i] for i in range(99) if i == 0 or steps[i] != steps[i - 1]] == [
-        [0, 1, 0, 2, 0],
-        [0, 1, 1, 2, 0],
-        [2, 1, 1, 2, 0],
-        [2, 1, 1, 0, 0],
-    ]
+def mean_gbitops(choices: Tensor) -> float:
+    return FIXED + COSTS[torch.arange(4), choices].sum(1).mean().item()
 
 
-def test_equal_configurations_are_one() -> None:
-    logits, direction = start_between(LOW, LOW, WORTH, 3)
-    assert not direction.any()
-    assert logits.argmax(-1).tolist() == LOW
+@pytest.mark.parametrize("target", [5.0, 6.0, 8.0])
+def test_the_likeliest_choices_are_the_best_at_one_price_and_cost_the_target(target: float) -> None:
+    logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, target, EFFORTS, NONE)
+    likeliest = (logits + EFFORTS.double()[:, None, None] * of_effort).argmax(-1)
+    assert price > 0
+    assert (likeliest != choices_at(price)).float().mean() < 0.01  # ties at the limit
+    assert mean_gbitops(likeliest) == pytest.approx(target, rel=TOLERANCE)
+    assert mean_gbitops(choices_at(price * 1.02)) <= target <= mean_gbitops(choices_at(price / 1.02))
+    gbitops = COSTS[torch.arange(4), likeliest].sum(1)
+    assert gbitops[-1] > gbitops[0]
+    assert (gbitops.diff() >= -1e-9).all()
+
+
+def test_at_some_positions_all_images_get_the_choice_of_effort_0() -> None:
+    alike = torch.tensor([False, True, False, False])
+    logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, 6.0, EFFORTS, alike)
+    likeliest = (logits + EFFORTS.double()[:, None, None] * of_effort).argmax(-1)
+    expected = choices_at(price)
+    expected[:, 1] = expected[100, 1]  # effort 0
+    assert (likeliest[:, 1] == likeliest[0, 1]).all()
+    assert (likeliest != expected).float().mean() < 0.01
+    assert len(likeliest.unique(dim=0)) > 1
+
+
+def test_where_nothing_is_to_be_saved_the_price_is_0() -> None:
+    dearest = mean_gbitops(torch.full((201, 4), 2))
+    logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, dearest + 1, EFFORTS[1:], NONE)
+    assert price == 0
+    assert ((logits + of_effort).argmax(-1) == LOSSES.argmin(-1)).all()
+
+
+def test_the_likeliest_choices_have_the_probability_on_average() -> None:
+    logits, of_effort, _ = start_at_price(LOSSES, COSTS, FIXED, 6.0, EFFORTS, NONE)
+    probabilities = (logits + EFFORTS.double()[:, None, None] * of_effort).softmax(-1)
+    assert probabilities.amax(-1).mean().item() == pytest.approx(PROBABILITY, abs=1e-6)
+
+
+def test_at_the_lowest_cost_all_images_have_the_cheapest_choices() -> None:
+    lowest = FIXED + 0.1 + 1.0 + 0.1 + 0.3
+    logits, of_effort, _ = start_at_price(LOSSES, COSTS, FIXED, lowest, EFFORTS, NONE)
+    likeliest = (logits + EFFORTS.double()[:, None, None] * of_effort).argmax(-1)
+    assert (likeliest == torch.tensor([0, 0, 1, 0])).all()
 
 
 @torch.no_grad()
-def test_a_network_begins_there_and_keeps_its_effort_in_its_state() -> None:
+def test_a_policy_begins_with_them() -> None:
     torch.manual_seed(0)
-    policy, other = (PolicyNet(5, 3, pool=2, width=4, bits=(32, 32), effort=[-1.0, 0, 1]).eval() for _ in range(2))
-    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
-    before, efforts = policy(images) - policy.efforts(images)[:, None, None] * policy.effort, policy.efforts(images)
-    logits, direction = start_between(LOW, HIGH, WORTH, 3)
-    policy.begin(logits, direction)
-    assert torch.equal(policy.efforts(images), efforts)
-    torch.testing.assert_close(policy(images), before + logits + efforts[:, None, None] * direction)
-    other.load_state_dict(policy.state_dict())
-    assert torch.equal(other(images), policy(images))
+    policy = PolicyNet(4, 3, pool=1, width=2, bits=(8, 8), effort=[0.0] * 3).eval()
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    for module in policy.modules():
+        if hasattr(module, "initialize_steps"):
+            module.register_forward_pre_hook(lambda layer, args: layer.initialize_steps(args[0]))
+    before, efforts = policy(images), policy.efforts(images)
+    logits, of_effort, _ = start_at_price(LOSSES, COSTS, FIXED, 6.0, EFFORTS, NONE)
+    policy.begin(logits.float(), of_effort.float())
+    expected = before + logits + efforts[:, None, None] * of_effort
+    torch.testing.assert_close(policy(images), expected.float(), rtol=1e-4, atol=1e-3)
