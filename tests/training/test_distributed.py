@@ -182,6 +182,28 @@ def test_two_processes_train_as_one_does(runs: Runs, stage: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_begin_a_search_from_sensitivities_as_one_does(
+    runs: Runs, words: MakeWords, tmp_path: Path
+) -> None:
+    """Each fits the same policy to all images; a learning rate of next to nothing leaves it there."""
+    options = (
+        "--search.start=sensitivity", "--policy.effort=true", "--reward.quality=loss",
+        "--search.train_detector=false", "--search.policy_lr=1e-12", "--search.batch_norm_batches=0",
+    )  # fmt: skip
+    for name in ("alone", "two"):
+        shutil.copytree(runs.alone / "pretrain_quant", tmp_path / name / "pretrain_quant")
+    run_in_process([("search", words(tmp_path / "alone", *options))])
+    done = run_in_two_processes([("search", words(tmp_path / "two", *options))])
+    assert done.returncode == 0, done.stdout
+    alone, two = (load_checkpoint(tmp_path / name / "search" / "last.pt") for name in ("alone", "two"))
+    assert alone["networks"]["policy"]["effort"].any()
+    for name, value in alone["networks"]["policy"].items():
+        torch.testing.assert_close(two["networks"]["policy"][name], value, rtol=1e-4, atol=1e-5)
+    assert two["multiplier"] == pytest.approx(alone["multiplier"], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain_quant", "search"])
 def test_two_processes_that_keep_their_gradients_train_otherwise(runs: Runs, stage: str) -> None:
     assert min(deviations(runs, runs.unshared[stage], stage).values()) > 0.1
