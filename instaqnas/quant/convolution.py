@@ -104,7 +104,8 @@ class _Pick(torch.autograd.Function):
 
 def keeps_bytes(y: Tensor) -> bool:
     """Whether levels from 0 to 255 of a feature map are best kept as bytes."""
-    return y.device.type == "cpu" and y.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    plain = y.device.type == "cpu" and y.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return plain and _bytes_are_used
 
 
 class _ChoiceConv2d(torch.autograd.Function):
@@ -267,7 +268,7 @@ _bytes_are_used = True
 
 @contextlib.contextmanager
 def in_floating_point() -> Iterator[None]:
-    """Has fake-quantized layers multiply in floating point where bytes would be faster, to compare the two."""
+    """Has fake-quantized layers keep and multiply levels in floating point where bytes are faster, to compare both."""
     global _bytes_are_used
     _bytes_are_used = False
     try:

@@ -10,7 +10,8 @@ All rows have the same images, objects and first weights, which stay, as the lea
 untrained, so nearly every box scores above the threshold of evaluation, which is that of the rollouts here: suppression
 and quality have as much to do as they can have, for `masked` and `ours` alike.
 
-Times are medians, taken in turn in one process; peaks are each from a process of its own, for freed memory stays with a
+Times are medians, taken in turn in one process, one column after the other, so that weights do not change during an
+evaluation or a rollout, as in their use; peaks are each from a process of its own, for freed memory stays with a
 process. Only ratios within one run mean anything. `amp_bf16_vs_fp32_train` is a step of `ours_bf16` by one of `ours`,
 the same quantized network with its convolutions in float32; the row `fp32` has no part in it.
 """
@@ -291,10 +292,12 @@ def time_rows(names: Iterable[str], settings: Settings, repetitions: int, device
         return time.perf_counter()
 
     rows = {name: build_row(name, settings, device) for name in names}
-    cells = [(name, column) for column in ACTIONS for name in rows if column in PLANS[name].columns]
-    actions = {(name, column): partial(ACTIONS[column], rows[name]) for name, column in cells}
-    seconds = medians_in_turn(actions, repetitions, clock)
-    return {row: {column: value for (name, column), value in seconds.items() if name == row} for row in rows}
+    figures: Figures = {name: {} for name in rows}
+    for column, action in ACTIONS.items():
+        actions = {name: partial(action, row) for name, row in rows.items() if column in PLANS[name].columns}
+        for name, seconds in medians_in_turn(actions, repetitions, clock).items():
+            figures[name][column] = seconds
+    return figures
 
 
 def training_mib(name: str, settings: Settings) -> float:
