@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Groups = list[tuple[int, Tensor | None]]
+ImagesOfChoices = list[tuple[int, Tensor | None]]
 PIXELS_WORTH_PACKING = 1024  # of the images of a choice, for which bytes gain more than packing a weight takes
 
 
@@ -45,7 +45,7 @@ def choice_conv2d(
     """
     if levels is not None or (x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")):
         settings = {"stride": stride, "padding": padding, "groups": groups}
-        return _ChoiceConv2d.apply(x, levels, weight, groups_of(choice), integers, settings)
+        return _ChoiceConv2d.apply(x, levels, weight, images_of_choices(choice), integers, settings)
     if choice is None:
         return plain_conv2d(x, weight[0], stride, padding, groups)
     return per_image_conv2d(x, _Pick.apply(weight, choice), stride, padding, groups)
@@ -117,11 +117,11 @@ class _ChoiceConv2d(torch.autograd.Function):
         x: Tensor,
         levels: Tensor | None,
         weight: Tensor,
-        groups: Groups,
+        images: ImagesOfChoices,
         integers: torch.dtype | None,
         settings: dict[str, int],
     ) -> Tensor:
-        ctx.dtype, ctx.groups, ctx.settings = weight.dtype, groups, settings
+        ctx.dtype, ctx.images, ctx.settings = weight.dtype, images, settings
         if levels is None:
             x = x.contiguous(memory_format=torch.channels_last)
             ctx.save_for_backward(x, weight)
@@ -129,9 +129,9 @@ class _ChoiceConv2d(torch.autograd.Function):
             whole = weight.to(integers)
             ctx.save_for_backward(levels, whole)
             if levels.numel() // levels.shape[1] >= PIXELS_WORTH_PACKING * len(weight) and uses_bytes():
-                return by_choice([levels], groups, lambda part, k: ByteConv2d(whole[k], **settings)(part))
+                return by_choice([levels], images, lambda part, k: ByteConv2d(whole[k], **settings)(part))
             x = levels.to(weight.dtype)
-        return by_choice([x], groups, lambda part, k: F.conv2d(part, weight[k], **settings))
+        return by_choice([x], images, lambda part, k: F.conv2d(part, weight[k], **settings))
 
     @staticmethod
     @once_differentiable
@@ -148,7 +148,7 @@ class _ChoiceConv2d(torch.autograd.Function):
             )  # fmt: skip
             return grad_x
 
-        grad_x = by_choice([grad.contiguous(memory_format=torch.channels_last), x], ctx.groups, backward)
+        grad_x = by_choice([grad.contiguous(memory_format=torch.channels_last), x], ctx.images, backward)
         grad_weight = None
         if needs[1]:
             absent = torch.zeros(weight.shape[1:], dtype=ctx.dtype)
@@ -156,7 +156,7 @@ class _ChoiceConv2d(torch.autograd.Function):
         return grad_x, None, grad_weight, None, None, None
 
 
-def groups_of(choice: Tensor | None) -> Groups:
+def images_of_choices(choice: Tensor | None) -> ImagesOfChoices:
     """Each choice that is there, and the indices of its images; None for all images, which need not be picked out.
 
     Args:
@@ -164,24 +164,26 @@ def groups_of(choice: Tensor | None) -> Groups:
     """
     if choice is None or not len(choice):
         return [(0, None)]
-    images = choice.argsort(stable=True).split(choice.bincount().tolist())
-    groups = [(k, own) for k, own in enumerate(images) if len(own)]
-    return groups if len(groups) > 1 else [(groups[0][0], None)]
+    parts = choice.argsort(stable=True).split(choice.bincount().tolist())
+    present = [(k, images) for k, images in enumerate(parts) if len(images)]
+    return present if len(present) > 1 else [(present[0][0], None)]
 
 
-def by_choice(tensors: Sequence[Tensor], groups: Groups, function: Callable[..., Tensor | None]) -> Tensor | None:
+def by_choice(
+    tensors: Sequence[Tensor], images_of: ImagesOfChoices, function: Callable[..., Tensor | None]
+) -> Tensor | None:
     """What `function(*parts, k)` makes of the images of each choice k, joined to one batch, channels-last.
 
     Args:
         tensors: of the whole batch, [B, C, H, W], channels-last.
-        groups: the images of each choice, see `groups_of`.
+        images_of: see `images_of_choices`.
         function: of those of n images, to [n, C', H', W'], channels-last, or None.
     """
-    (k, images), *_ = groups
+    (k, images), *_ = images_of
     if images is None:
         return function(*tensors, k)
     joined = None
-    for k, images in groups:
+    for k, images in images_of:
         part = function(*(_of(tensor, images) for tensor in tensors), k)
         if part is not None:
             rows = _rows(part)

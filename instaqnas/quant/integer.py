@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instaqnas.errors import InputError
-from instaqnas.quant.convolution import ByteConv2d, by_choice, groups_of, has_byte_products
+from instaqnas.quant.convolution import ByteConv2d, by_choice, has_byte_products, images_of_choices
 from instaqnas.quant.fused import clip_round_bytes, integer_depthwise
 from instaqnas.quant.quantizers import Affine, as_affine, of_images
 from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
@@ -115,8 +115,8 @@ class IntegerConv2d(nn.Module):
     def sums(self, levels: Tensor, choice: Tensor | None) -> Affine:
         """The convolution of `levels`, not rescaled yet: float32 where bytes are multiplied, else int32."""
         by_bytes = has_byte_products()
-        groups = groups_of(choice)
-        y = by_choice([levels], groups, lambda part, k: self.byte_convs[k](part) if by_bytes else self._slowly(part, k))
+        images = images_of_choices(choice)
+        y = by_choice([levels], images, lambda part, k: self.byte_convs[k](part) if by_bytes else self._slowly(part, k))
         scale, shift = (of_images(table, choice, len(levels)) for table in (self.scale, self.shift))
         return Affine(y, scale, shift)
 

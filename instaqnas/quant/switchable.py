@@ -19,7 +19,7 @@ from instaqnas.quant.convolution import (
     ByteConv2d,
     by_choice,
     choice_conv2d,
-    groups_of,
+    images_of_choices,
     keeps_bytes,
     plain_conv2d,
     uses_bytes,
@@ -203,7 +203,7 @@ class SwitchableConv2d(nn.Module):
             x, input_step = self.input_quantizer(x, choice)
         if levels is not None and uses_bytes() and not torch.is_grad_enabled():
             convolutions, weight_step = self._packed_weight()
-            y = by_choice([levels], groups_of(choice), lambda part, k: convolutions[k](part))
+            y = by_choice([levels], images_of_choices(choice), lambda part, k: convolutions[k](part))
         else:
             self._packed = None
             weight, weight_step = self.weight_quantizer(self.weight)

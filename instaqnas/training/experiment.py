@@ -305,7 +305,7 @@ def check_search(config: Config, source: Path) -> None:
     """Raises InputError if the search behind a checkpoint trained the detector and that of the config does not, or the
     other way round: rivals are trained as long as the adaptive detector.
     """
-    searched = load_checkpoint(source)["config"]["search"].get("train_detector", True)
+    searched = load_checkpoint(source).get("config", {}).get("search", {}).get("train_detector", True)
     if searched != config.search.train_detector:
         raise InputError(
             f"search.train_detector: {str(searched).lower()} in the search of {source}, here "

@@ -282,6 +282,12 @@ def test_truncated_checkpoint_is_refused(finished_run: Path, make_command, tmp_p
         stages.run_finetune(make_command("finetune", tmp_path / "other", "--init", str(broken)))
 
 
+def test_a_checkpoint_of_something_else_is_refused_in_one_line(make_command, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "other.pt", {"stage": "search", "weights": torch.ones(3)})
+    with pytest.raises(InputError, match=r"other\.pt"):
+        stages.run_finetune(make_command("finetune", tmp_path / "run", "--init", str(tmp_path / "other.pt")))
+
+
 def test_one_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     save_checkpoint(path, {"stage": "search", "weights": torch.ones(1000)})
