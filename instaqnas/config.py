@@ -74,7 +74,7 @@ class DetectorConfig:
 
 @dataclass(frozen=True)
 class BitsConfig:
-    """Bit-widths as [weight bits, activation bits], 2 to 8, or 32 for full precision.
+    """Bit-widths as [weight bits, activation bits], 2 to 8, or 32 for full precision; activations behind a ReLU also 1.
 
     Args:
         choices: what the policy may choose from at each position, 1 to 8 pairs.
@@ -348,8 +348,13 @@ class Config:
 # --- Allowed values ---------------------------------------------------------------------------------------------------
 
 
-def _are_bits(pair: BitChoice) -> bool:
+def _are_signed_bits(pair: BitChoice) -> bool:
     return all(2 <= bits <= 8 or bits == 32 for bits in pair)
+
+
+def _are_bits(pair: BitChoice) -> bool:
+    weight_bits, activation_bits = pair
+    return _are_signed_bits((weight_bits, max(2, activation_bits))) and activation_bits >= 1
 
 
 def _are_choices(choices: list[BitChoice]) -> bool:
@@ -389,8 +394,9 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "a number from 0 to 1",
     ),
     ("image_size", lambda v: v >= 64, "at least 64"),
-    ("stem depthwise extras heads bits", _are_bits, "bit-widths from 2 to 8, or 32"),
-    ("choices", _are_choices, "one to eight different pairs of bit-widths from 2 to 8, or 32"),
+    ("stem bits", _are_signed_bits, "bit-widths from 2 to 8, or 32"),
+    ("depthwise extras heads", _are_bits, "bit-widths from 2 to 8, or 32, or 1 for activations"),
+    ("choices", _are_choices, "one to eight different pairs of bit-widths from 2 to 8, or 32, or 1 for activations"),
     ("box_sizes", _are_box_sizes, "six pairs [smaller, larger] above 0"),
 ]
 _RANGE_OF = {name: (test, wanted) for names, test, wanted in _RANGES for name in names.split()}
@@ -414,7 +420,7 @@ def _check_combinations(config: Config) -> None:
         if batch % parts:
             raise _unexpected(f"{section}.accumulate", f"a divisor of {section}.batch_size = {batch}", parts)
     _check_policy(config)
-    _check_quantizer(config.bits)
+    _check_bits(config.bits)
     _check_reward(config.reward)
     if config.search.start == "sensitivity" and not config.policy.effort:
         raise _unexpected("policy.effort", "true for search.start = sensitivity", config.policy.effort)
@@ -437,7 +443,12 @@ def _check_policy(config: Config) -> None:
         raise _unexpected("policy.pool", f"at most detector.image_size = {image_size}", pool)
 
 
-def _check_quantizer(bits: BitsConfig) -> None:
+def _check_bits(bits: BitsConfig) -> None:
+    if bits.positions != "pointwise" and any(activation_bits == 1 for _, activation_bits in bits.choices):
+        wanted = (
+            f"at least 2 bits for activations with bits.positions = {bits.positions}: the image is not behind a ReLU"
+        )
+        raise _unexpected("bits.choices", wanted, bits.choices)
     if bits.quantizer not in ("lsq_plus", "lsq"):
         if bits.per_channel:
             raise _unexpected("bits.per_channel", f"false for bits.quantizer = {bits.quantizer}", value=True)

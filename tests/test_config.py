@@ -342,13 +342,21 @@ def test_key_without_value_is_refused(refusal: Callable[..., str]) -> None:
             "six pairs [smaller, larger] above 0, got [[0, 1], [2, 3], [3, 4], [4, 5], [5, 6], [6, 7]]",
         ),
         ("--bits.stem=[9, 8]", "bit-widths from 2 to 8, or 32, got [9, 8]"),
-        ("--bits.heads=[8, 1]", "bit-widths from 2 to 8, or 32, got [8, 1]"),
+        ("--bits.stem=[8, 1]", "bit-widths from 2 to 8, or 32, got [8, 1]"),
+        ("--bits.heads=[1, 8]", "bit-widths from 2 to 8, or 32, or 1 for activations, got [1, 8]"),
+        ("--bits.depthwise=[8, 0]", "bit-widths from 2 to 8, or 32, or 1 for activations, got [8, 0]"),
         ("--policy.bits=[16, 16]", "bit-widths from 2 to 8, or 32, got [16, 16]"),
-        ("--bits.choices=[]", "one to eight different pairs of bit-widths from 2 to 8, or 32, got []"),
-        ("--bits.choices=[[3, 0]]", "one to eight different pairs of bit-widths from 2 to 8, or 32, got [[3, 0]]"),
+        (
+            "--bits.choices=[]",
+            "one to eight different pairs of bit-widths from 2 to 8, or 32, or 1 for activations, got []",
+        ),
+        (
+            "--bits.choices=[[3, 0]]",
+            "one to eight different pairs of bit-widths from 2 to 8, or 32, or 1 for activations, got [[3, 0]]",
+        ),
         (
             "--bits.choices=[[3, 4], [3, 4]]",
-            "one to eight different pairs of bit-widths from 2 to 8, or 32, got [[3, 4], [3, 4]]",
+            "one to eight different pairs of bit-widths from 2 to 8, or 32, or 1 for activations, got [[3, 4], [3, 4]]",
         ),
         ("--policy.pool=301", "at most detector.image_size = 300, got 301"),
         ("--data.policy_share=1", "at least 0 and less than 1, got 1.0"),
@@ -415,6 +423,18 @@ def test_leaving_one_out_needs_two_samples(refusal: Callable[..., str], parse: P
     assert message == "search.samples: expected at least 2 for search.baseline = rloo, got 1"
     assert parse(MINIMAL, "--search.baseline=rloo", "--search.samples=2").config.search.samples == 2
     assert parse(MINIMAL, "--search.samples=1").config.search.baseline == "greedy"
+
+
+def test_one_bit_is_for_activations_behind_a_relu(parse: Parse, refusal: Callable[..., str]) -> None:
+    bits = parse(MINIMAL, "--bits.choices=[[2, 1], [2, 2]]", "--bits.heads=[3, 1]").config.bits
+    assert bits.choices == [(2, 1), (2, 2)]
+    assert bits.heads == (3, 1)
+    for positions in ("backbone", "all"):
+        message = refusal(MINIMAL, "--bits.choices=[[2, 2], [2, 1]]", f"--bits.positions={positions}")
+        assert message == (
+            f"bits.choices: expected at least 2 bits for activations with bits.positions = {positions}: "
+            "the image is not behind a ReLU, got [[2, 2], [2, 1]]"
+        )
 
 
 @pytest.mark.parametrize("positions", ["backbone", "backbone+extras", "all"])

@@ -87,7 +87,7 @@ class Quantizer(nn.Module):
     """K grids of integers.
 
     Args:
-        bits: K bit-widths, 2 to 8, or 32 for choices that are not quantized.
+        bits: K bit-widths, 2 to 8 (1 to 8 if not signed), or 32 for choices that are not quantized.
         signed: whether the grids reach below zero.
 
     What it learns is NaN until `initialize` has seen data: an uncalibrated layer can not yield silent nonsense.

@@ -169,6 +169,13 @@ def test_levels_sums_and_outputs_are_those_of_fake_quantization(
         assert_equals_fake_quantization(layer, whole, inputs(case, len(picked)), picked)
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("case", ["pointwise", "strided 3x3, bias", "depthwise"])
+def test_activations_of_one_bit_are_those_of_fake_quantization(case: str, kind: dict) -> None:
+    layer = build(CASES[case], [(2, 1), (3, 1), (2, 2)], **kind)
+    assert_equals_fake_quantization(layer, integer_conv(layer, "layer"), inputs(CASES[case], 4), [0, 2, 1, 0])
+
+
 @pytest.mark.parametrize("by_bytes", ENGINES.values(), ids=ENGINES.keys())
 @pytest.mark.parametrize("kind", ["lsq_plus nested per channel", "dorefa separate"])
 @pytest.mark.parametrize("case", ["pointwise", "strided 3x3, bias", "signed strided 7x7 as the stem of the policy"])

@@ -21,7 +21,9 @@ from instaqnas.quant.quantizers import (
 )
 
 BITS = tuple(range(2, 9))
+GRIDS = [*itertools.product(BITS, (True, False)), (1, False)]  # (bits, signed)
 HAND_RANGES = {  # bits: (signed), (unsigned)
+    1: (None, (0, 1)),
     2: ((-2, 1), (0, 3)),
     3: ((-4, 3), (0, 7)),
     4: ((-8, 7), (0, 15)),
@@ -84,14 +86,12 @@ def with_steps(quantizer: Quantizer, steps: list[float], zero_points: list[float
 # --- What the grids hold ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
 def test_level_range_is_that_of_the_hand_table(bits: int, signed: bool) -> None:
     assert level_range(bits, signed=signed) == hand_range(bits, signed)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
 @pytest.mark.parametrize("step", [0.037, 1.0, 2.9])
 def test_a_representable_grid_comes_back_unchanged(bits: int, signed: bool, step: float) -> None:
     lowest, highest = hand_range(bits, signed)
@@ -142,8 +142,7 @@ def test_the_activation_quantizer_gives_every_image_the_grid_of_its_choice(signe
     torch.testing.assert_close(step[choice], own_steps)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
 def test_levels_are_integers_in_range_at_most_half_a_step_off_and_rise_with_x(bits: int, signed: bool) -> None:
     lowest, highest = hand_range(bits, signed)
     step = 0.083
@@ -245,8 +244,7 @@ def test_gradient_of_the_step_is_the_rounding_error_in_steps_inside() -> None:
     assert gradient.item() == pytest.approx((1 - 0.66) + (-1 + 1.44) + (2 - 2.22))
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("bits", "signed"), GRIDS)
 def test_values_and_gradients_equal_torchs_learnable_fake_quantization(bits: int, signed: bool) -> None:
     lowest, highest = hand_range(bits, signed)
     step, g = 1.7 / highest, torch.Generator().manual_seed(bits)
