@@ -21,8 +21,9 @@ compare() {
   shift 2
   local init=$full/best.pt
   [[ -e $init ]] || init=$full/last.pt
-  local words=(--config "$config" --run "$out/$name" --pretrain_quant.distill_weight 0
-    --pretrain_quant.batch_norm_batches 0 "$@" ${overrides[@]+"${overrides[@]}"})
+  local words=(--config "$config" --run "$out/$name" --bits.depthwise "[8, 8]" --bits.heads "[8, 8]"
+    --pretrain_quant.distill_weight 0 --pretrain_quant.batch_norm_batches 0 --pretrain_quant.sandwich false
+    "$@" ${overrides[@]+"${overrides[@]}"})
   if [[ $name == shared ]]; then
     .venv/bin/python pretrain.py "${words[@]}"
   else
