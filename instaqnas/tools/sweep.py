@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -36,7 +35,6 @@ from instaqnas.training.run_dir import write_text
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 OWN_OPTIONS = ("--run", "--seed", "--init", "--restart", "--bits", "--reward.name", "--reward.target_gbitops")
-PROGRESS_SECONDS = "30"  # between updates of progress bars, which end up in logs
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,6 @@ class Step:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={"TQDM_MININTERVAL": PROGRESS_SECONDS, **os.environ},
                 check=False,
             )
         if done.returncode:

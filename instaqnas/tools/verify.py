@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD
@@ -25,6 +24,7 @@ from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.integer import EXACT_IN_FLOAT32, IntegerConv2d, to_integer
 from instaqnas.quant.switchable import SwitchableConv2d
 from instaqnas.tools.arguments import run_command, run_parser
+from instaqnas.training import distributed
 from instaqnas.training.evaluate import detect
 from instaqnas.training.experiment import POLICY_STAGES, Experiment, latest_policy_checkpoint, load_network
 
@@ -97,7 +97,7 @@ def compare(
     result: Comparison,
 ) -> None:
     """Adds all images of `loader` to `result`; `choose` gives their bits by float and by integer networks."""
-    for batch in tqdm(loader, leave=False):
+    for batch in distributed.progress_bar(loader, "verify"):
         looks = [network.look(batch.images) for network in (detector, integer)]
         choices, same = (ways(look.seen, batch.keys) for ways, look in zip(choose, looks, strict=True))
         result.images += len(batch.images)

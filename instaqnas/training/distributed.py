@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -28,6 +29,7 @@ from instaqnas.ranks import world_size
 # How long one process waits for the others. A dead one is noticed at once, by its connection and by torchrun; this is
 # for one that hangs, and has to leave the writer time to evaluate and to save.
 PATIENCE = timedelta(minutes=10)
+SECONDS_IN_LOGS = 30  # between updates of a progress bar that does not go to a terminal
 
 
 def start(device: str) -> None:
@@ -111,8 +113,12 @@ def only_own_gradients(network: nn.Module) -> contextlib.AbstractContextManager:
 
 
 def progress_bar(batches: Any, text: str, done: int = 0) -> tqdm:
-    """A progress bar over the batches of a loader, of which `done` were read before; the writer shows it."""
-    return tqdm(batches, desc=text, initial=done, leave=False, disable=not is_writer())
+    """A progress bar over the batches of a loader, of which `done` were read before; the writer shows it.
+
+    In a log, where every update stays, there are few.
+    """
+    seconds = 0.1 if sys.stderr.isatty() else SECONDS_IN_LOGS
+    return tqdm(batches, desc=text, initial=done, leave=False, disable=not is_writer(), mininterval=seconds)
 
 
 @contextlib.contextmanager

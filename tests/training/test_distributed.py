@@ -296,3 +296,14 @@ def test_a_batch_without_equal_shares_for_all_processes_is_refused(
     parts = (settings.config.finetune.batch_size, settings.config.finetune.accumulate)
     with contextlib.nullcontext() if message is None else pytest.raises(InputError, match=message):
         experiment.Experiment(settings.config).check_shares("finetune.batch_size", *parts)
+
+
+@pytest.mark.parametrize(("terminal", "seconds"), [(True, 0.1), (False, 30)])
+def test_a_progress_bar_is_updated_seldom_where_every_update_stays(
+    terminal: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    bar = distributed.progress_bar(range(3), "epoch 1/2", done=1)
+    assert bar.mininterval == seconds
+    assert list(bar) == [0, 1, 2]
+    assert bar.n == 4
