@@ -18,7 +18,7 @@ from instaqnas.policy.start import start_at_price
 from instaqnas.seeds import uniform_numbers
 from instaqnas.training import distributed
 from instaqnas.training.experiment import Experiment
-from instaqnas.training.rivals import sensitivity_of
+from instaqnas.training.rivals import uniform_losses
 from instaqnas.training.sensitivity import ends
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ LR = 8e-3
 def begin_by_loss(
     experiment: Experiment, source: Path, detector: SwitchableSSD, policy: PolicyNet, policy_cost: float
 ) -> Multiplier:
-    """Lets `policy` begin with what `start_at_price` makes of the detector's sensitivity, at the target's mean cost.
+    """Lets `policy` begin with what `start_at_price` makes of the detector's loss with uniform choices, and the target.
 
     The effort for an image is fitted to the rank, from -1 to 1, of its loss under the cheapest configuration. What an
     image gains by more bits grows with that rank in a straight line, from hardly anything to twice the mean (drawn
@@ -44,15 +44,13 @@ def begin_by_loss(
     Returns: the price, as what the reward multiplies the share of the target with.
     """
     costs, target = detector_costs(detector), experiment.config.reward.target_gbitops
-    mean_losses = torch.tensor(sensitivity_of(experiment, source).mean)
+    mean_losses = torch.tensor(uniform_losses(experiment, source))
     with ranks.alone():
         losses = losses_under(experiment, detector, ends(costs)[1])
         _teach_effort(experiment, detector, policy, losses)
         efforts = efforts_of(experiment, detector, policy).cpu()
     fixed = costs.fixed / 1e9 + policy_cost
-    alike = torch.tensor([name == "backbone.stem" for name in costs.positions])
-    table = costs.gbitops_table().cpu()
-    logits, of_effort, price = start_at_price(mean_losses, table, fixed, target, efforts, alike)
+    logits, of_effort, price = start_at_price(mean_losses, costs.gbitops_table().cpu(), fixed, target, efforts)
     policy.begin(logits.to(losses), of_effort.to(losses))
     log.info(
         "search: starts at a price of %.4g of loss per GBitOps; rank correlation of effort and loss %.2f",
