@@ -35,9 +35,8 @@ def test_the_likeliest_choices_are_the_best_at_one_price_and_cost_the_target(tar
     likeliest = (logits + EFFORTS.double()[:, None, None] * of_effort).argmax(-1)
     assert price > 0
     assert (likeliest != choices_at(price)).float().mean() < 0.01  # ties at the limit
-    assert mean_gbitops(likeliest) == pytest.approx(
-        target, abs=4.5 / 201
-    )  # one image from the second choice to the last
+    step = 4.5 / 201  # one image from the second choice to the last
+    assert mean_gbitops(likeliest) == pytest.approx(target, abs=step)
     assert mean_gbitops(choices_at(price * 1.02)) <= target <= mean_gbitops(choices_at(price / 1.02))
     gbitops = COSTS[torch.arange(4), likeliest].sum(1)
     assert gbitops[-1] > gbitops[0]
