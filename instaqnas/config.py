@@ -74,7 +74,9 @@ class DetectorConfig:
 
 @dataclass(frozen=True)
 class BitsConfig:
-    """Bit-widths as [weight bits, activation bits], 2 to 8, or 32 for full precision; activations behind a ReLU also 1.
+    """Bit-widths as [weight bits, activation bits], 2 to 8, or 32 for full precision.
+
+    Activations may have 1 bit where they are behind a ReLU: everywhere but at the stem.
 
     Args:
         choices: what the policy may choose from at each position, 1 to 8 pairs.
@@ -247,7 +249,7 @@ class SearchConfig(QuantTrainConfig):
         baseline: what a sample's reward is compared with, that of the `greedy` configuration or of the others (`rloo`).
         start: first distribution of the policy, `uniform`; mostly the best fixed configuration that the target of the
             reward `budget` allows (`static`); or mostly one choice at all positions, the dearer the more loss the image
-            is expected to have under the cheapest (`effort`).
+            is expected to have under the cheapest (`effort`; with `policy.effort` and the reward `budget`).
         samples: configurations that are drawn and judged for each image of a policy step; `rloo` needs 2.
         normalize_advantage: scale the advantages of a policy step to a root mean square of 1.
     """
@@ -354,7 +356,7 @@ def _are_signed_bits(pair: BitChoice) -> bool:
 
 def _are_bits(pair: BitChoice) -> bool:
     weight_bits, activation_bits = pair
-    return _are_signed_bits((weight_bits, max(2, activation_bits))) and activation_bits >= 1
+    return _are_signed_bits(pair) or (activation_bits == 1 and _are_signed_bits((weight_bits, 2)))
 
 
 def _are_choices(choices: list[BitChoice]) -> bool:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Quantized trainings under different settings, all from one full-precision network (the best on the val split where the
-# config has one, else the last), same epochs and seed:
+# config has one, else the last), same epochs and seed; heads and depthwise layers have 8 bits, and nothing is distilled:
 #   scripts/compare_quantization.sh [--config configs/bccd_small.yaml] [overrides]
 # Writes runs/quantization/NAME; repeat it after an interruption.
 set -euo pipefail
@@ -21,7 +21,8 @@ compare() {
   shift 2
   local init=$full/best.pt
   [[ -e $init ]] || init=$full/last.pt
-  local words=(--config "$config" --run "$out/$name" --bits.depthwise "[8, 8]" --bits.heads "[8, 8]"
+  local words=(--config "$config" --run "$out/$name" --data.cache none --bits.depthwise "[8, 8]" --bits.heads "[8, 8]"
+    --reward.name quality --search.start uniform
     --pretrain_quant.distill_weight 0 --pretrain_quant.batch_norm_batches 0 --pretrain_quant.sandwich false
     "$@" ${overrides[@]+"${overrides[@]}"})
   if [[ $name == shared ]]; then

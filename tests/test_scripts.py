@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from instaqnas.config import parse_command
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
@@ -179,6 +182,20 @@ def test_all_compared_trainings_start_from_one_network(project: Path, names: tup
     assert "--init" not in shared  # goes on from its own: the best where there is one, else the last
     assert len(others) == 13
     assert all(call.endswith(f" --init runs/quantization/shared/pretrain_fp32/{names[0]}") for call in others)
+
+
+def test_compared_trainings_have_no_target_that_their_bits_might_not_reach(project: Path) -> None:
+    full = project / "runs" / "quantization" / "shared" / "pretrain_fp32" / "last.pt"
+    full.parent.mkdir(parents=True)
+    full.touch()
+    run(project, "compare_quantization.sh").check_returncode()
+    found = [re.findall(r"\[\[.*?\]\]|\[.*?\]|\S+", call) for call in calls(project) if call.startswith("pretrain.py")]
+    assert len(found) == 14
+    for words in found:
+        settings = words[1 : words.index("--init")] if "--init" in words else words[1:]
+        config = parse_command("pretrain", settings).config
+        assert config.reward.name == "quality"
+        assert config.bits.heads == config.bits.depthwise == (8, 8)
 
 
 def test_test_script_checks_then_tests(project: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where a policy may begin: with one choice for all of an image, by its hardness, at one price of GBitOps for all."""
+"""Where a policy may begin: with the same choice at all positions of an image, by its hardness, at one price."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def start_at_price(
     """A policy's first logits [L, K], what a unit of effort adds to them [L, K], and the price in loss per GBitOps.
 
     The likeliest choice for an image with effort e is the same at all positions, the one that minimises
-    (1 + e) * loss + price * GBitOps. The price is the one at which all images together cost the target, 0 where they do
-    not come to it.
+    (1 + e) * loss + price * GBitOps. The price is the one at which all images together cost the target, to within what
+    one image more or less at a choice makes; 0 where they do not come to it.
 
     Args:
         losses: mean loss with each choice at all positions, [K].

@@ -35,7 +35,12 @@ QuantizerName = Literal["lsq_plus", "lsq", "pact", "dorefa"]
 
 
 def level_range(bits: int, *, signed: bool) -> tuple[int, int]:
-    """Lowest and highest integer of a grid of `bits` bits: [-2^(b-1), 2^(b-1)-1] if signed, else [0, 2^b-1]."""
+    """Lowest and highest integer of a grid of `bits` bits: [-2^(b-1), 2^(b-1)-1] if signed, else [0, 2^b-1].
+
+    Raises: ValueError for a signed grid of 1 bit, which has no positive level to scale by.
+    """
+    if signed and bits == 1:
+        raise ValueError("a signed grid needs at least 2 bits")
     if signed:
         return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     return 0, 2**bits - 1

@@ -115,10 +115,12 @@ def only_own_gradients(network: nn.Module) -> contextlib.AbstractContextManager:
 def progress_bar(batches: Any, text: str, done: int = 0) -> tqdm:
     """A progress bar over the batches of a loader, of which `done` were read before; the writer shows it.
 
-    In a log, where every update stays, there are few.
+    In a log, where every update stays, there is one every `SECONDS_IN_LOGS`.
     """
-    seconds = 0.1 if sys.stderr.isatty() else SECONDS_IN_LOGS
-    return tqdm(batches, desc=text, initial=done, leave=False, disable=not is_writer(), mininterval=seconds)
+    bar = tqdm(batches, desc=text, initial=done, leave=False, disable=not is_writer())
+    if not sys.stderr.isatty():
+        bar.mininterval = bar.maxinterval = SECONDS_IN_LOGS
+    return bar
 
 
 @contextlib.contextmanager

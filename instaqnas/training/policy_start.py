@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,38 +17,36 @@ from instaqnas.policy.start import start_at_price
 from instaqnas.seeds import uniform_numbers
 from instaqnas.training import distributed
 from instaqnas.training.experiment import Experiment
-from instaqnas.training.rivals import uniform_losses
-from instaqnas.training.sensitivity import ends
 
 log = logging.getLogger(__name__)
 EPOCHS = 24
 LR = 8e-3
 
 
-def begin_by_loss(
-    experiment: Experiment, source: Path, detector: SwitchableSSD, policy: PolicyNet, policy_cost: float
-) -> Multiplier:
-    """Lets `policy` begin with what `start_at_price` makes of the detector's loss with uniform choices, and the target.
+def begin_by_loss(experiment: Experiment, detector: SwitchableSSD, policy: PolicyNet, policy_cost: float) -> Multiplier:
+    """Lets `policy` begin with what `start_at_price` makes of the detector's losses with uniform choices.
 
     The effort for an image is fitted to the rank, from -1 to 1, of its loss under the cheapest configuration. What an
-    image gains by more bits grows with that rank in a straight line, from hardly anything to twice the mean (drawn
-    objects, 0.97 to 1.08 times the mean per unit of rank); the gain itself, a difference of two losses, is too noisy to
-    be learned from so few images. Every process fits it to all images.
+    image gains by more bits grows with that rank in a straight line, from hardly anything to twice the mean (measured
+    on drawn objects); the gain itself, a difference of two losses, is too noisy to be learned from so few images. Every
+    process fits it to all images.
 
     Args:
-        source: the checkpoint that `detector` is of, in eval mode.
+        detector: as pretrained, in eval mode.
         policy: calibrated, with effort.
         policy_cost: GBitOps of a decision.
 
     Returns: the price, as what the reward multiplies the share of the target with.
     """
     costs, target = detector_costs(detector), experiment.config.reward.target_gbitops
-    mean_losses = torch.tensor(uniform_losses(experiment, source))
+    positions, choices = costs.table.shape
     with ranks.alone():
-        losses = losses_under(experiment, detector, ends(costs)[1])
+        by_choice = [losses_under(experiment, detector, [choice] * positions) for choice in range(choices)]
+        losses = by_choice[int(costs.table.sum(0).argmin())]
         _teach_effort(experiment, detector, policy, losses)
         efforts = efforts_of(experiment, detector, policy).cpu()
     fixed = costs.fixed / 1e9 + policy_cost
+    mean_losses = torch.stack(by_choice).mean(1).cpu()
     logits, of_effort, price = start_at_price(mean_losses, costs.gbitops_table().cpu(), fixed, target, efforts)
     policy.begin(logits.to(losses), of_effort.to(losses))
     log.info(

@@ -92,7 +92,8 @@ class PolicyTraining:
         bar = distributed.progress_bar(self.loader, f"search {epoch + 1}/{settings.epochs} policy", sums.steps)
 
         def on_step(scalars: dict[str, float]) -> None:
-            bar.set_postfix(loss=f"{scalars['policy/loss']:.3f}", reward=f"{scalars['reward/sampled']:.3f}")
+            reward = f"{scalars['reward/sampled']:.3f}"
+            bar.set_postfix(loss=f"{scalars['policy/loss']:.3f}", reward=reward, refresh=False)
             if target is not None:
                 cost = scalars["cost/gbitops_greedy"]  # what is used in the end; samples explore
                 state.multiplier = state.multiplier.updated(cost, target, config.reward.multiplier_lr)

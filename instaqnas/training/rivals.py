@@ -175,13 +175,6 @@ def fixed_within(experiment: Experiment, source: Path, limit_gbitops: float) -> 
     return best_within(limit_gbitops, costs, _sensitivity(experiment, source, costs, mean_loss), mean_loss)
 
 
-def uniform_losses(experiment: Experiment, source: Path) -> list[float]:
-    """Mean loss of the pretrained network of a checkpoint with each choice at all positions."""
-    costs, mean_loss = _measuring(experiment, source)
-    positions, choices = costs.table.shape
-    return [mean_loss([choice] * positions) for choice in range(choices)]
-
-
 def _measuring(experiment: Experiment, source: Path) -> tuple[CostTable, MeanLoss]:
     """Costs of a checkpoint's network, and what measures its loss."""
     detector = experiment.quantized_detector().eval()

@@ -27,7 +27,7 @@ MeanLoss = Callable[[Configuration], float]
 class Sensitivity:
     """Mean losses [L][K] with one position at each choice and all others at random ones, or at the cheapest.
 
-    Random ones are what the network is trained for: uniform configurations it has hardly seen, and BatchNorm has not.
+    Random ones are what BatchNorm has its statistics of, and what the network has seen most, but for `sandwich`.
     """
 
     among_random: list[list[float]]

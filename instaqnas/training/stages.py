@@ -118,7 +118,7 @@ class DetectorTraining:
         def after_step(scalars: dict[str, float]) -> None:
             if self.average is not None:
                 self.average.update_parameters(self.detector)
-            bar.set_postfix(loss=f"{scalars['loss']:.3f}")
+            bar.set_postfix(loss=f"{scalars['loss']:.3f}", refresh=False)
             done = self.state.detector_steps(len(self.loader))
             if done % LOG_EVERY == 0:
                 self.run_dir.log_step(done, _prefixed("step", scalars))
@@ -295,7 +295,7 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
         with alone():
             calibrate(policy, lambda: policy(seen))
         if settings.start == "effort":
-            first_multiplier = begin_by_loss(experiment, source, detector.eval(), policy, policy_cost)
+            first_multiplier = begin_by_loss(experiment, detector.eval(), policy, policy_cost)
         elif settings.start == "static":
             best = fixed_within(experiment, source, config.reward.target_gbitops - policy_cost)[0]
             policy.add_to_logits(start_logits(best.configuration, len(detector.choices)))

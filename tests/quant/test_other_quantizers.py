@@ -54,8 +54,9 @@ def sample(images: int, *, signed: bool, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs_become_at_most_2_to_the_bits_integers_one_step_apart(name: str, signed: bool) -> None:
-    quantizer = calibrated(name, BITS, signed=signed)
-    for k, bits in enumerate(BITS):
+    all_bits = BITS if signed else (1, *BITS)
+    quantizer = calibrated(name, all_bits, signed=signed)
+    for k, bits in enumerate(all_bits):
         x = torch.linspace(-30 if signed else 0, 30, 20001, dtype=torch.float64).view(1, 1, 1, -1)
         levels, _ = quantizer(x, torch.tensor([k]))
         found = levels.unique()

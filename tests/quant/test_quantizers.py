@@ -91,6 +91,13 @@ def test_level_range_is_that_of_the_hand_table(bits: int, signed: bool) -> None:
     assert level_range(bits, signed=signed) == hand_range(bits, signed)
 
 
+def test_a_signed_grid_has_at_least_2_bits() -> None:
+    with pytest.raises(ValueError, match="at least 2 bits"):
+        LsqPlusActivations([2, 1], signed=True)
+    with pytest.raises(ValueError, match="at least 2 bits"):
+        LsqWeights([1])
+
+
 @pytest.mark.parametrize(("bits", "signed"), GRIDS)
 @pytest.mark.parametrize("step", [0.037, 1.0, 2.9])
 def test_a_representable_grid_comes_back_unchanged(bits: int, signed: bool, step: float) -> None:
@@ -250,7 +257,9 @@ def test_values_and_gradients_equal_torchs_learnable_fake_quantization(bits: int
     step, g = 1.7 / highest, torch.Generator().manual_seed(bits)
     # torch lets the gradient through for half a step beyond the range, LSQ does not: leave those x out
     x = torch.randn(4000, generator=g)
-    x = x[((x / step - highest).abs() > 0.51) & ((x / step - lowest).abs() > 0.51)]
+    beyond = torch.maximum(x / step - highest, lowest - x / step)
+    x = x[(beyond <= 0) | (beyond > 0.51)]
+    assert ((x > lowest * step) & (x < highest * step)).sum() > 100
     upstream = torch.randn(x.shape, generator=g)
     factor = 1 / math.sqrt(x.numel() * highest)
 

@@ -52,12 +52,22 @@ def losses(experiment: Experiment, detector: SwitchableSSD, configuration: list[
     return torch.stack(found)
 
 
+def make_bits_useful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So short a training makes no use of them: each choice has a share of the loss under the cheapest."""
+    measured = policy_start.losses_under
+
+    def lower_with_more_bits(experiment: Experiment, detector: SwitchableSSD, configuration: list[int]) -> torch.Tensor:
+        [choice] = set(configuration)
+        return (1.0, 0.8, 0.7)[choice] * measured(experiment, detector, [0] * 13)
+
+    monkeypatch.setattr(policy_start, "losses_under", lower_with_more_bits)
+
+
 def test_an_image_gets_what_is_best_at_the_price_the_more_the_more_loss_it_has_under_the_cheapest(
     command: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(policy_start, "EPOCHS", 150)
-    found = torch.tensor([10.0, 8.0, 7.0]).double()  # so short a training makes no use of bits
-    monkeypatch.setattr(policy_start, "uniform_losses", lambda *_: found.tolist())
+    make_bits_useful(monkeypatch)
     experiment, source = Experiment(command.config), pretrained_checkpoint(command)
     detector, policy = experiment.adaptive_detector().eval(), experiment.policy()
     load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
@@ -66,10 +76,12 @@ def test_an_image_gets_what_is_best_at_the_price_the_more_the_more_loss_it_has_u
         calibrate(policy, lambda: policy(images))
     own = policy_gbitops(policy, 64)
     with caplog.at_level(logging.INFO):
-        multiplier = begin_by_loss(experiment, source, detector, policy, own)
+        multiplier = begin_by_loss(experiment, detector, policy, own)
     with torch.no_grad():
         efforts = policy.efforts(images)
-    correlation = rank_correlation(efforts.double(), losses(experiment, detector, [0] * 13).double())
+    cheapest = losses(experiment, detector, [0] * 13).double()
+    found = cheapest.mean() * torch.tensor([1.0, 0.8, 0.7]).double()
+    correlation = rank_correlation(efforts.double(), cheapest)
     assert correlation > 0.8
     assert caplog.messages[-1].endswith(f"rank correlation of effort and loss {correlation:.2f}")
     assert -1.3 < efforts.min() < -0.5
@@ -119,7 +131,7 @@ def test_a_search_begins_there(
 def test_a_target_without_room_begins_at_the_cheapest_configuration(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy_start, "uniform_losses", lambda *_: [10.0, 8.0, 7.0])
+    make_bits_useful(monkeypatch)
     source = pretrained_checkpoint(command)
     detector = Experiment(command.config).adaptive_detector()
     own = policy_gbitops(Experiment(command.config).policy(), 64)
@@ -130,7 +142,7 @@ def test_a_target_without_room_begins_at_the_cheapest_configuration(
     load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
     with torch.no_grad():
         calibrate(policy, lambda: policy(experiment.calibration_batch().images))
-    assert begin_by_loss(experiment, source, detector.eval(), policy, own).integral > 0
+    assert begin_by_loss(experiment, detector.eval(), policy, own).integral > 0
     images = torch.cat([batch.images for batch in experiment.policy_images()])
     with torch.no_grad():
         assert not policy(images).argmax(-1).any()
@@ -164,7 +176,7 @@ def test_the_fit_sees_other_flips_in_every_epoch_and_the_same_ones_again(
         policy = experiment.policy()
         with torch.no_grad():
             calibrate(policy, lambda network=policy: network(experiment.calibration_batch().images))
-        begin_by_loss(experiment, source, detector, policy, policy_gbitops(policy, 64))
+        begin_by_loss(experiment, detector, policy, policy_gbitops(policy, 64))
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert len(first) == policy_start.EPOCHS  # of one batch each
     assert first == second
