@@ -248,8 +248,9 @@ class SearchConfig(QuantTrainConfig):
         entropy_end: weight of the entropy bonus in the last epoch; between them it moves linearly.
         baseline: what a sample's reward is compared with, that of the `greedy` configuration or of the others (`rloo`).
         start: first distribution of the policy, `uniform`; mostly the best fixed configuration that the target of the
-            reward `budget` allows (`static`); or mostly one choice at all positions, the dearer the more loss the image
-            is expected to have under the cheapest (`effort`; with `policy.effort` and the reward `budget`).
+            reward `budget` allows (`static`); or the best for each image by the `sensitivity` of positions, which is
+            taken to be the higher the more loss the image has under the cheapest bits (with `policy.effort` and the
+            reward `budget`).
         samples: configurations that are drawn and judged for each image of a policy step; `rloo` needs 2.
         normalize_advantage: scale the advantages of a policy step to a root mean square of 1.
     """
@@ -262,7 +263,7 @@ class SearchConfig(QuantTrainConfig):
     entropy_start: float = 0.01
     entropy_end: float = 0.0
     baseline: Literal["greedy", "rloo"] = "greedy"
-    start: Literal["uniform", "static", "effort"] = "uniform"
+    start: Literal["uniform", "static", "sensitivity"] = "uniform"
     samples: int = 1
     normalize_advantage: bool = True
 
@@ -424,8 +425,8 @@ def _check_combinations(config: Config) -> None:
     _check_policy(config)
     _check_bits(config.bits)
     _check_reward(config.reward)
-    if config.search.start == "effort" and not config.policy.effort:
-        raise _unexpected("policy.effort", "true for search.start = effort", config.policy.effort)
+    if config.search.start == "sensitivity" and not config.policy.effort:
+        raise _unexpected("policy.effort", "true for search.start = sensitivity", config.policy.effort)
     if config.search.start != "uniform" and config.reward.name != "budget":
         raise _unexpected("search.start", f"uniform for reward.name = {config.reward.name}", config.search.start)
     if config.search.ema_decay and not config.search.train_detector:

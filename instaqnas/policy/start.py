@@ -1,4 +1,4 @@
-"""Where a policy may begin: with the same choice at all positions of an image, by its hardness, at one price."""
+"""Where a policy may begin: with the best bits for an image of some hardness, at one price of GBitOps for all."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ BISECTIONS = 60
 
 
 def start_at_price(
-    losses: Tensor, costs: Tensor, fixed: float, target: float, efforts: Tensor
+    losses: Tensor, costs: Tensor, fixed: float, target: float, efforts: Tensor, alike: Tensor
 ) -> tuple[Tensor, Tensor, float]:
     """A policy's first logits [L, K], what a unit of effort adds to them [L, K], and the price in loss per GBitOps.
 
-    The likeliest choice for an image with effort e is the same at all positions, the one that minimises
-    (1 + e) * loss + price * GBitOps. The price is the one at which all images together cost the target, to within what
-    one image more or less at a choice makes; 0 where they do not come to it.
+    The likeliest choices of an image with effort e minimise (1 + e) * loss + price * GBitOps at each position, where
+    losses of positions are taken to add up (Lagrange relaxation, as in `budget_offset`). The price is the one at which
+    all images together cost the target, 0 where they do not come to it.
 
     Args:
-        losses: mean loss with each choice at all positions, [K].
+        losses: mean loss with each choice at each position, [L, K].
         costs: GBitOps of each choice at each position, [L, K].
         fixed: GBitOps of all that is not chosen, policy included.
         target: mean GBitOps.
         efforts: of N images, [N], -1 for those that lose nothing by fewer bits, 0 for those that lose as the mean does.
+        alike: bool [L], positions at which all images get the same choice, that of effort 0.
     """
     losses, costs = losses.double(), costs.double()
-    saved = (losses[:1] - losses)[None]  # what a choice saves, up to a constant, [1, K]
-    worth = saved + efforts.double()[:, None, None] * saved
-    of_all = costs.sum(0, keepdim=True)
-    offset = budget_offset(worth, of_all, fixed, target)
-    price = -(offset.sum() / of_all.sum()).item()
+    saved = losses[:, :1] - losses  # what a choice saves, up to a constant of the position
+    of_effort = saved * ~alike[:, None]
+    worth = saved + efforts.double()[:, None, None] * of_effort
+    offset = budget_offset(worth, costs, fixed, target)
+    price = -(offset.sum() / costs.sum()).item()
     if price <= 0:
         offset, price = torch.zeros_like(offset), 0.0
     sharpness = _sharpness(worth + offset)
-    logits, of_effort = sharpness * (saved + offset), sharpness * saved
-    return logits.expand_as(costs), of_effort.expand_as(costs), price
+    return sharpness * (saved + offset), sharpness * of_effort, price
 
 
 def _sharpness(logits: Tensor) -> float:

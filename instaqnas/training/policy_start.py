@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,14 +18,18 @@ from instaqnas.policy.start import start_at_price
 from instaqnas.seeds import uniform_numbers
 from instaqnas.training import distributed
 from instaqnas.training.experiment import Experiment
+from instaqnas.training.rivals import sensitivity_of
+from instaqnas.training.sensitivity import ends
 
 log = logging.getLogger(__name__)
 EPOCHS = 24
 LR = 8e-3
 
 
-def begin_by_loss(experiment: Experiment, detector: SwitchableSSD, policy: PolicyNet, policy_cost: float) -> Multiplier:
-    """Lets `policy` begin with what `start_at_price` makes of the detector's losses with uniform choices.
+def begin_by_loss(
+    experiment: Experiment, source: Path, detector: SwitchableSSD, policy: PolicyNet, policy_cost: float
+) -> Multiplier:
+    """Lets `policy` begin with what `start_at_price` makes of the detector's sensitivity, at the target's mean cost.
 
     The effort for an image is fitted to the rank, from -1 to 1, of its loss under the cheapest configuration. What an
     image gains by more bits grows with that rank in a straight line, from hardly anything to twice the mean (measured
@@ -32,22 +37,22 @@ def begin_by_loss(experiment: Experiment, detector: SwitchableSSD, policy: Polic
     process fits it to all images.
 
     Args:
-        detector: as pretrained, in eval mode.
+        source: the checkpoint that `detector` is of, in eval mode.
         policy: calibrated, with effort.
         policy_cost: GBitOps of a decision.
 
     Returns: the price, as what the reward multiplies the share of the target with.
     """
     costs, target = detector_costs(detector), experiment.config.reward.target_gbitops
-    positions, choices = costs.table.shape
+    mean_losses = torch.tensor(sensitivity_of(experiment, source).mean)
     with ranks.alone():
-        by_choice = [losses_under(experiment, detector, [choice] * positions) for choice in range(choices)]
-        losses = by_choice[int(costs.table.sum(0).argmin())]
+        losses = losses_under(experiment, detector, ends(costs)[1])
         _teach_effort(experiment, detector, policy, losses)
         efforts = efforts_of(experiment, detector, policy).cpu()
     fixed = costs.fixed / 1e9 + policy_cost
-    mean_losses = torch.stack(by_choice).mean(1).cpu()
-    logits, of_effort, price = start_at_price(mean_losses, costs.gbitops_table().cpu(), fixed, target, efforts)
+    alike = torch.tensor([name == "backbone.stem" for name in costs.positions])
+    table = costs.gbitops_table().cpu()
+    logits, of_effort, price = start_at_price(mean_losses, table, fixed, target, efforts, alike)
     policy.begin(logits.to(losses), of_effort.to(losses))
     log.info(
         "search: starts at a price of %.4g of loss per GBitOps; rank correlation of effort and loss %.2f",

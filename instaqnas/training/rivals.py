@@ -175,6 +175,11 @@ def fixed_within(experiment: Experiment, source: Path, limit_gbitops: float) -> 
     return best_within(limit_gbitops, costs, _sensitivity(experiment, source, costs, mean_loss), mean_loss)
 
 
+def sensitivity_of(experiment: Experiment, source: Path) -> Sensitivity:
+    """That of the pretrained network of a checkpoint; it is measured once and kept beside the checkpoint."""
+    return _sensitivity(experiment, source, *_measuring(experiment, source))
+
+
 def _measuring(experiment: Experiment, source: Path) -> tuple[CostTable, MeanLoss]:
     """Costs of a checkpoint's network, and what measures its loss."""
     detector = experiment.quantized_detector().eval()

@@ -294,8 +294,8 @@ def run_search(command: Command, build: BuildExperiment = Experiment) -> None:
         seen = detector.look(experiment.calibration_batch().images).seen
         with alone():
             calibrate(policy, lambda: policy(seen))
-        if settings.start == "effort":
-            first_multiplier = begin_by_loss(experiment, detector.eval(), policy, policy_cost)
+        if settings.start == "sensitivity":
+            first_multiplier = begin_by_loss(experiment, source, detector.eval(), policy, policy_cost)
         elif settings.start == "static":
             best = fixed_within(experiment, source, config.reward.target_gbitops - policy_cost)[0]
             policy.add_to_logits(start_logits(best.configuration, len(detector.choices)))

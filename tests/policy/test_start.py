@@ -1,4 +1,4 @@
-"""The first logits of a policy: the best uniform choice at one price, for images of different hardness."""
+"""The first logits of a policy: the best choices at one price, for images of different hardness."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from instaqnas.policy.budget import TOLERANCE
 from instaqnas.policy.network import PolicyNet
 from instaqnas.policy.start import PROBABILITY, start_at_price
 
 COSTS = torch.tensor([[0.1, 0.2, 0.5], [1.0, 2.0, 5.0], [0.2, 0.1, 0.4], [0.3, 0.6, 1.5]]).double()
-OF_ALL = COSTS.sum(0).tolist()  # 1.6, 2.9, 7.4
-LOSSES = torch.tensor([33.0, 30.0, 23.5])
+LOSSES = torch.tensor([[9.0, 8.0, 7.5], [9.0, 6.0, 3.0], [8.0, 9.0, 7.0], [7.0, 7.0, 6.0]])
 EFFORTS = torch.linspace(-1, 1, 201)
 FIXED = 3.0
+NONE = torch.zeros(4, dtype=torch.bool)
 
 
 def choices_at(price: float) -> Tensor:
     """[N, L], by trying all K."""
     rows = []
     for effort in EFFORTS.tolist():
-        total = [(1 + effort) * loss + price * cost for loss, cost in zip(LOSSES.tolist(), OF_ALL, strict=True)]
-        rows.append([min(range(3), key=total.__getitem__)] * 4)
+        total = (1 + effort) * LOSSES.double() + price * COSTS
+        rows.append([min(range(3), key=row.__getitem__) for row in total.tolist()])
     return torch.tensor(rows)
 
 
@@ -31,36 +32,46 @@ def mean_gbitops(choices: Tensor) -> float:
 
 @pytest.mark.parametrize("target", [5.0, 6.0, 8.0])
 def test_the_likeliest_choices_are_the_best_at_one_price_and_cost_the_target(target: float) -> None:
-    logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, target, EFFORTS)
+    logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, target, EFFORTS, NONE)
     likeliest = (logits + EFFORTS.double()[:, None, None] * of_effort).argmax(-1)
     assert price > 0
     assert (likeliest != choices_at(price)).float().mean() < 0.01  # ties at the limit
-    step = 4.5 / 201  # one image from the second choice to the last
-    assert mean_gbitops(likeliest) == pytest.approx(target, abs=step)
+    assert mean_gbitops(likeliest) == pytest.approx(target, rel=TOLERANCE)
     assert mean_gbitops(choices_at(price * 1.02)) <= target <= mean_gbitops(choices_at(price / 1.02))
     gbitops = COSTS[torch.arange(4), likeliest].sum(1)
     assert gbitops[-1] > gbitops[0]
     assert (gbitops.diff() >= -1e-9).all()
 
 
+def test_at_some_positions_all_images_get_the_choice_of_effort_0() -> None:
+    alike = torch.tensor([False, True, False, False])
+    logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, 6.0, EFFORTS, alike)
+    likeliest = (logits + EFFORTS.double()[:, None, None] * of_effort).argmax(-1)
+    expected = choices_at(price)
+    expected[:, 1] = expected[100, 1]  # effort 0
+    assert (likeliest[:, 1] == likeliest[0, 1]).all()
+    assert (likeliest != expected).float().mean() < 0.01
+    assert len(likeliest.unique(dim=0)) > 1
+
+
 def test_where_nothing_is_to_be_saved_the_price_is_0() -> None:
     dearest = mean_gbitops(torch.full((201, 4), 2))
-    logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, dearest + 1, EFFORTS[1:])
+    logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, dearest + 1, EFFORTS[1:], NONE)
     assert price == 0
-    assert ((logits + of_effort).argmax(-1) == 2).all()
+    assert ((logits + of_effort).argmax(-1) == LOSSES.argmin(-1)).all()
 
 
 def test_the_likeliest_choices_have_the_probability_on_average() -> None:
-    logits, of_effort, _ = start_at_price(LOSSES, COSTS, FIXED, 6.0, EFFORTS)
+    logits, of_effort, _ = start_at_price(LOSSES, COSTS, FIXED, 6.0, EFFORTS, NONE)
     probabilities = (logits + EFFORTS.double()[:, None, None] * of_effort).softmax(-1)
     assert probabilities.amax(-1).mean().item() == pytest.approx(PROBABILITY, abs=1e-6)
 
 
 def test_at_the_lowest_cost_all_images_have_the_cheapest_choices() -> None:
-    lowest = FIXED + 1.6
-    logits, of_effort, _ = start_at_price(LOSSES, COSTS, FIXED, lowest, EFFORTS)
+    lowest = FIXED + 0.1 + 1.0 + 0.1 + 0.3
+    logits, of_effort, _ = start_at_price(LOSSES, COSTS, FIXED, lowest, EFFORTS, NONE)
     likeliest = (logits + EFFORTS.double()[:, None, None] * of_effort).argmax(-1)
-    assert (likeliest == 0).all()
+    assert (likeliest == torch.tensor([0, 0, 1, 0])).all()
 
 
 @torch.no_grad()
@@ -72,7 +83,7 @@ def test_a_policy_begins_with_them() -> None:
         if hasattr(module, "initialize_steps"):
             module.register_forward_pre_hook(lambda layer, args: layer.initialize_steps(args[0]))
     before, efforts = policy(images), policy.efforts(images)
-    logits, of_effort, _ = start_at_price(LOSSES, COSTS, FIXED, 6.0, EFFORTS)
+    logits, of_effort, _ = start_at_price(LOSSES, COSTS, FIXED, 6.0, EFFORTS, NONE)
     policy.begin(logits.float(), of_effort.float())
     expected = before + logits + efforts[:, None, None] * of_effort
     torch.testing.assert_close(policy(images), expected.float(), rtol=1e-4, atol=1e-3)

@@ -184,10 +184,12 @@ def test_two_processes_train_as_one_does(runs: Runs, stage: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_processes_begin_a_search_by_effort_as_one_does(runs: Runs, words: MakeWords, tmp_path: Path) -> None:
+def test_two_processes_begin_a_search_from_sensitivities_as_one_does(
+    runs: Runs, words: MakeWords, tmp_path: Path
+) -> None:
     """Each fits the same policy to all images; a learning rate of next to nothing leaves it there."""
     options = (
-        "--search.start=effort", "--policy.effort=true", "--reward.quality=loss",
+        "--search.start=sensitivity", "--policy.effort=true", "--reward.quality=loss",
         "--search.train_detector=false", "--search.policy_lr=1e-12", "--search.batch_norm_batches=0",
     )  # fmt: skip
     for name in ("alone", "two"):
