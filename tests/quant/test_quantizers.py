@@ -633,7 +633,7 @@ def test_cuda_gives_the_levels_and_gradients_of_the_cpu() -> None:
     results = []
     for device in ("cpu", "cuda"):
         quantizer = with_steps(LsqPlusActivations([2, 4, 8], signed=True), [0.5, 0.2, 0.03], [0, 1, 0]).to(device)
-        own = x.to(device).requires_grad_()
+        own = x.detach().to(device).requires_grad_()
         choice = torch.tensor([2, 0, 1], device=device)
         levels, step = quantizer(own, choice)
         (levels * step[choice].view(-1, 1, 1, 1)).square().sum().backward()

@@ -46,11 +46,11 @@ def losses(experiment: Experiment, detector: SwitchableSSD, configuration: list[
     for batch in experiment.policy_images():
         for image in range(len(batch.images)):
             one = slice(image, image + 1)
-            output = detector(batch.images[one], torch.tensor([configuration]))
+            output = detector(batch.images[one], torch.tensor([configuration], device=experiment.device))
             targets = detector.targets(batch.boxes_xyxy[one], batch.labels[one])
             own = detector.loss(output, batch.boxes_xyxy[one], batch.labels[one])
             found.append(sum(own.values()) * max(1, int(targets.positives)))
-    return torch.stack(found)
+    return torch.stack(found).cpu()
 
 
 def test_an_image_gets_what_is_best_at_the_price_the_more_the_more_loss_it_has_under_the_cheapest(
@@ -70,7 +70,7 @@ def test_an_image_gets_what_is_best_at_the_price_the_more_the_more_loss_it_has_u
     with caplog.at_level(logging.INFO):
         multiplier = begin_by_loss(experiment, source, detector, policy, own)
     with torch.no_grad():
-        efforts = policy.efforts(images)
+        efforts = policy.efforts(images).cpu()
     correlation = rank_correlation(efforts.double(), losses(experiment, detector, [0] * 13).double())
     assert correlation > 0.8
     assert caplog.messages[-1].endswith(f"rank correlation of effort and loss {correlation:.2f}")
@@ -86,6 +86,7 @@ def test_an_image_gets_what_is_best_at_the_price_the_more_the_more_loss_it_has_u
 
     step = (costs.highest() - costs.lowest()) / len(images)  # more than one position of one image
     assert mean_gbitops(price * 1.01) - step <= target <= mean_gbitops(price / 1.01) + step
+    policy.cpu()
     start = policy.head.bias.detach()[:-1].view(13, 3) + efforts[:, None, None] * policy.effort
     best = ((1 + efforts.double())[:, None, None] * found + price * table).argmin(-1)
     assert (start.argmax(-1) == best).double().mean() > 0.95  # the rest are ties at the limit
@@ -116,7 +117,11 @@ def test_a_search_begins_there(
     assert len(begun) == 1
 
 
-def test_a_target_without_room_begins_at_the_cheapest_configuration(command: Command) -> None:
+def test_a_target_without_room_begins_at_the_cheapest_configuration(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = (10 - torch.arange(3) * torch.ones(13, 1)).tolist()  # more bits would bring more everywhere
+    monkeypatch.setattr(policy_start, "sensitivity_of", lambda *_: Sensitivity(found, found))
     source = pretrained_checkpoint(command)
     detector = Experiment(command.config).adaptive_detector()
     own = policy_gbitops(Experiment(command.config).policy(), 64)

@@ -30,7 +30,7 @@ def test_mean_loss_is_that_of_single_images_of_the_first_batches(
     losses = []
     for batch in batches[: images // 4]:
         for index in range(4):
-            output = detector(batch.images[index : index + 1], torch.tensor([configuration]))
+            output = detector(batch.images[index : index + 1], torch.tensor([configuration], device=experiment.device))
             own = detector.loss(output, batch.boxes_xyxy[index : index + 1], batch.labels[index : index + 1])
             positives = detector.targets(batch.boxes_xyxy[index : index + 1], batch.labels[index : index + 1]).positives
             losses.append(sum(own.values()).item() * positives.item())
