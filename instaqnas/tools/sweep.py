@@ -34,6 +34,7 @@ from instaqnas.training.rivals import fixed_stage
 from instaqnas.training.run_dir import write_text
 
 SCRIPTS = Path(__file__).resolve().parents[2]
+WITHOUT_TARGET = ("--reward.name", "quality", "--search.start", "uniform")  # the target of the file may be out of reach
 OWN_OPTIONS = ("--run", "--seed", "--init", "--restart", "--bits", "--reward.name", "--reward.target_gbitops")
 
 
@@ -50,7 +51,8 @@ class Sweep:
     def words(self, seed: int, target: float | None = None) -> list[str]:
         """Options of a stage script, but for its run; without a target those of what all targets share."""
         words = ["--config", str(self.config), *self.overrides, "--seed", str(seed)]
-        return words if target is None else [*words, "--reward.name", "budget", "--reward.target_gbitops", str(target)]
+        own = WITHOUT_TARGET if target is None else ("--reward.name", "budget", "--reward.target_gbitops", str(target))
+        return [*words, *own]
 
     def settings(self, seed: int, target: float | None = None) -> Config:
         """The resolved settings of a seed and target."""

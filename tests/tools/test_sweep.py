@@ -23,10 +23,11 @@ CONFIG = """
 data: {{roots: [{root}], val_split: val, workers: 0}}
 detector: {{image_size: 64, width: 0.125, extras_batch_norm: true}}
 bits: {{choices: [[2, 2], [4, 4]]}}
-policy: {{pool: 8, width: 2}}
+policy: {{pool: 8, width: 2, effort: true}}
+reward: {{name: budget, quality: loss, target_gbitops: 99}}  # those of a sweep replace it
 pretrain_fp32: {{epochs: 1, batch_size: 4}}
 pretrain_quant: {{epochs: 1, batch_size: 4, distill_weight: 1.0}}
-search: {{epochs: 1, batch_size: 4, policy_batch_size: 4, distill_weight: 1.0}}
+search: {{epochs: 1, batch_size: 4, policy_batch_size: 4, distill_weight: 1.0, start: sensitivity}}
 finetune: {{epochs: 1, batch_size: 4}}
 eval: {{batch_size: 4}}
 runtime: {{compile: off}}
