@@ -130,7 +130,8 @@ def _read_rows(report: Path) -> dict[str, dict[str, Any]]:
 
 
 def _diagnostics(row: dict[str, Any]) -> dict[str, Any]:
-    return {"rank_correlation": (row.get("diagnostics") or {}).get("rank_correlation")}
+    found = (row.get("diagnostics") or {}).get("rank_correlation") or {}
+    return {"rank_correlation": found.get("difficulty")}
 
 
 def entries(runs: Sequence[SweepRun]) -> list[Entry]:

@@ -36,6 +36,7 @@ from instaqnas.training.run_dir import best_checkpoint
 from instaqnas.training.survey import diagnose, survey
 
 log = logging.getLogger(__name__)
+OF_SEARCH = ("reward/", "quality/", "policy/multiplier")
 
 
 def row_names(command: Command) -> list[str]:
@@ -86,7 +87,7 @@ def measured_row(rivals: Rivals, name: str, source: Path, loader: DetectionLoade
         report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector))
         return ReportRow(name, source, detector.choices, report, epochs)
     if name == "policy":
-        return _row_of_policy(experiment, source, loader, epochs)
+        return _row_of_policy(experiment, source, loader, epochs, best_checkpoint(rivals.command.run, "search"))
     detector = experiment.quantized_detector()
     load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
     match name:
@@ -99,7 +100,9 @@ def measured_row(rivals: Rivals, name: str, source: Path, loader: DetectionLoade
     return ReportRow(name, source, detector.choices, experiment.evaluate(detector, loader, choose), epochs)
 
 
-def _row_of_policy(experiment: Experiment, source: Path, loader: DetectionLoader, epochs: int) -> ReportRow:
+def _row_of_policy(
+    experiment: Experiment, source: Path, loader: DetectionLoader, epochs: int, search: Path
+) -> ReportRow:
     detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
     load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
     load_network(experiment, policy, "policy", source, stages=POLICY_STAGES)
@@ -112,7 +115,9 @@ def _row_of_policy(experiment: Experiment, source: Path, loader: DetectionLoader
         reward.target_gbitops if reward.name == "budget" else None,
     )
     diagnosis.log_collapse("the test split")
-    return ReportRow("policy", source, detector.choices, report, epochs, diagnosis)
+    metrics = load_checkpoint(search)["metrics"] if search.exists() else {}  # a policy may come by --init
+    of_search = {name: value for name, value in metrics.items() if name.startswith(OF_SEARCH)}
+    return ReportRow("policy", source, detector.choices, report, epochs, diagnosis, of_search)
 
 
 def _check_configuration(path: Path, rivals: Rivals, bits: str) -> None:

@@ -69,7 +69,7 @@ def train_policy_epoch(
 
     The n sampled configurations of an image are judged one after the other, so that a batch takes the memory of one.
     The greedy one is judged too under the baseline `greedy`; under `rloo` only its GBitOps are looked up, for whoever
-    watches the cost, and its quality and reward are not known.
+    watches the cost (`PolicyTraining.greedy_outcome` judges it now and then).
 
     Args:
         network: a `PolicyNet`, as `distributed.parallel` returns it.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from instaqnas import ranks
 from instaqnas.data.loader import Batch, DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.policy import reward as rewards
@@ -21,6 +23,7 @@ from instaqnas.training.experiment import Experiment
 from instaqnas.training.fit import TrainState
 from instaqnas.training.policy_epoch import Judge, train_policy_epoch
 from instaqnas.training.run_dir import RunDir
+from instaqnas.training.sensitivity import MOST_IMAGES
 from instaqnas.training.survey import Survey, diagnose, survey
 
 log = logging.getLogger(__name__)
@@ -130,7 +133,25 @@ class PolicyTraining:
         found = diagnose(self.survey(), self.costs, self.own_gbitops, self.target_gbitops)
         found.log_collapse("the policy's training images")
         self.run_dir.log_step(step, found.position_scalars())
-        return {f"diagnostics/{name}": value for name, value in found.scalars().items()}
+        scalars = {f"diagnostics/{name}": value for name, value in found.scalars().items()}
+        # The other baseline judges the greedy configurations in every step.
+        return scalars | self.greedy_outcome() if self.experiment.config.search.baseline == "rloo" else scalars
+
+    @torch.no_grad()
+    def greedy_outcome(self) -> dict[str, float]:
+        """Mean reward and quality of the greedy configurations of the first `MOST_IMAGES` images it learns from."""
+        device, batch_size = self.experiment.device, self.experiment.config.eval.batch_size
+        progress = self.progress(self.state.epoch - 1)
+        judge = build_judge(self.experiment, self.detector, self.costs, self.own_gbitops, self.state, progress)
+        self.detector.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for batch in islice(self.experiment.policy_images(), -(-MOST_IMAGES // batch_size)):
+            batch = batch.to(device)
+            found = judge.outcome(batch, self.policy(self.detector.look(batch.images).seen).argmax(-1))
+            totals = [found.reward.double().sum(), found.quality.double().sum(), sums.new_tensor(len(found.reward))]
+            sums += torch.stack([total.to(sums) for total in totals])
+        reward, quality, images = ranks.total(sums).tolist()
+        return {"reward/greedy": reward / images, "quality/greedy": quality / images}
 
     def meet_budget(self) -> None:
         """Shifts the logits once, if the reward has a target, so that the images the policy learns from cost that.

@@ -41,7 +41,8 @@ def choice_name(choice: BitChoice) -> str:
 class ReportRow:
     """One way to choose bits: its name as in `--bits`, the checkpoint it ran on, its bit choices and its figures.
 
-    `finetuned` counts the epochs that the detector was trained for after pretraining, `diagnosis` is that of a policy.
+    `finetuned` counts the epochs that the detector was trained for after pretraining, `diagnosis` is that of a policy,
+    `search` the rewards, qualities and the multiplier in the last epoch of its search, by their names in TensorBoard.
     """
 
     bits: str
@@ -50,6 +51,7 @@ class ReportRow:
     report: EvalReport
     finetuned: int = 0
     diagnosis: Diagnosis | None = None
+    search: dict[str, float] | None = None
 
     def plain(self) -> dict[str, Any]:
         """Plain values for report.json."""
@@ -59,7 +61,8 @@ class ReportRow:
         if self.diagnosis is None:
             return plain
         modal = [choice_name(self.choices[choice]) for choice in self.diagnosis.modal]
-        return {**plain, "diagnostics": {**self.diagnosis.plain(), "modal_configuration": modal}}
+        found = {**self.diagnosis.plain(), "modal_configuration": modal, "search": self.search}
+        return {**plain, "diagnostics": found}
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:

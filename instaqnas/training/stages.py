@@ -63,7 +63,7 @@ BuildExperiment = Callable[[Config], Experiment]
 
 log = logging.getLogger(__name__)
 PICTURE_SCORE = 0.3
-CHEAP_POLICY = 0.01  # of the detector's cost
+CHEAP_POLICY = 0.005  # of the detector's cost
 LOG_EVERY = 10  # steps between TensorBoard scalars of the training loss
 
 

@@ -218,6 +218,10 @@ def test_the_real_stages_share_pretraining_and_rivals(config: Path, monkeypatch:
     content = json.loads((config.parent / "run" / "sweep.json").read_text())
     assert content["missing"] == []
     [run] = content["runs"]
+    report = json.loads((config.parent / "run" / "seed0" / "target_0.112" / "eval" / "report.json").read_text())
+    [found] = [row["diagnostics"]["rank_correlation"] for row in report["rows"] if row["bits"] == "policy"]
+    [policy] = [row for row in run["rows"] if row["bits"] == "policy"]
+    assert policy["rank_correlation"] == found["difficulty"]
     assert (run["seed"], run["target"]) == (0, 0.112)
     finetuned = {"policy": 2, "static": 2, "modal": 2, "frequencies": 2, "fp32": 0, "random": 0}
     finetuned |= {"uniform:w2a2": 2, "uniform:w4a4": 2}
@@ -269,7 +273,8 @@ def reported(tmp_path: Path) -> list[SweepRun]:
     """Two seeds at two targets; at the second target one seed is missing."""
 
     def known(value: float | None) -> dict:
-        return {"diagnostics": {"rank_correlation": value}, "distinct_configs": 40, "finetuned": 9}
+        found = {"difficulty": value, "objects": 0.9, "smallest_side": 0.8}
+        return {"diagnostics": {"rank_correlation": found}, "distinct_configs": 40, "finetuned": 9}
 
     shared = {"fp32": (0.75, 90.0, {}), "random": (0.5, 2.0, {})}
     return [

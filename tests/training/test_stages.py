@@ -665,6 +665,9 @@ def test_the_report_diagnoses_the_policy_and_the_table_of_images_says_what_makes
     rows = {row["bits"]: row for row in read_report(finished_run)["rows"]}
     assert [bits for bits, row in rows.items() if "diagnostics" in row] == ["policy"]
     found, images = rows["policy"]["diagnostics"], read_images(finished_run)
+    last = json.loads((finished_run / "search" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"reward/sampled", "reward/greedy"} <= set(found["search"])
+    assert found["search"].items() <= last.items()
     own = [image for image in images if image["bits"] == "policy"]
     with (config_file.parent / "shapes" / "difficulty.csv").open(newline="") as file:
         difficulty = {row["image_id"]: row["difficulty"] for row in csv.DictReader(file)}
@@ -719,7 +722,7 @@ def test_a_search_ends_at_its_budget(
     assert lines[-1]["diagnostics/cost_to_target"] == pytest.approx(1, abs=0.02)
     assert lines[-1]["policy/multiplier"] >= 0
     assert lines[0]["cost/greedy_to_target"] == pytest.approx(lines[0]["cost/gbitops_greedy"] / 0.115)
-    assert ("reward/greedy" in lines[-1]) == ("--search.baseline=rloo" not in options)
+    assert ("reward/greedy" in lines[0]) == ("--search.baseline=rloo" not in options)  # else when it is diagnosed
     assert sum("training images cost" in record.getMessage() for record in caplog.records) == 1
     # What the checkpoint holds costs what was logged.
     experiment = stages.Experiment(make_command("search", run, *options).config)
@@ -730,6 +733,11 @@ def test_a_search_ends_at_its_budget(
     loader = experiment.eval_loader("train", experiment.config.data.roots)
     report = experiment.evaluate(detector, loader, stages.greedy_by(policy), stages.policy_gbitops(policy, 64))
     assert report.gbitops_total == pytest.approx(lines[-1]["diagnostics/gbitops"])
+    if "--search.baseline=rloo" in options:
+        quality = sum(image.quality for image in report.per_image) / len(report.per_image)
+        assert lines[-1]["quality/greedy"] == pytest.approx(quality, rel=1e-4)
+        price = lines[-1]["policy/multiplier"] * (report.gbitops_total / 0.115 - 1)
+        assert lines[-1]["reward/greedy"] == pytest.approx(quality - price, rel=1e-4)
 
 
 def test_the_negative_loss_is_a_quality_from_one_run_of_the_detector(
