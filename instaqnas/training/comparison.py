@@ -87,7 +87,7 @@ def measured_row(rivals: Rivals, name: str, source: Path, loader: DetectionLoade
         report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector))
         return ReportRow(name, source, detector.choices, report, epochs)
     if name == "policy":
-        return _row_of_policy(experiment, source, loader, epochs, best_checkpoint(rivals.command.run, "search"))
+        return _row_of_policy(experiment, source, loader, epochs, _of_search(rivals.command))
     detector = experiment.quantized_detector()
     load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
     match name:
@@ -101,7 +101,7 @@ def measured_row(rivals: Rivals, name: str, source: Path, loader: DetectionLoade
 
 
 def _row_of_policy(
-    experiment: Experiment, source: Path, loader: DetectionLoader, epochs: int, search: Path
+    experiment: Experiment, source: Path, loader: DetectionLoader, epochs: int, search: dict[str, float]
 ) -> ReportRow:
     detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
     load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
@@ -115,9 +115,15 @@ def _row_of_policy(
         reward.target_gbitops if reward.name == "budget" else None,
     )
     diagnosis.log_collapse("the test split")
-    metrics = load_checkpoint(search)["metrics"] if search.exists() else {}  # a policy may come by --init
-    of_search = {name: value for name, value in metrics.items() if name.startswith(OF_SEARCH)}
-    return ReportRow("policy", source, detector.choices, report, epochs, diagnosis, of_search)
+    return ReportRow("policy", source, detector.choices, report, epochs, diagnosis, search)
+
+
+def _of_search(command: Command) -> dict[str, float]:
+    """What the last epoch of the run's search has logged of rewards; nothing for a policy that comes by `--init`."""
+    path = best_checkpoint(command.run, "search")
+    if command.init or not path.exists():
+        return {}
+    return {name: value for name, value in load_checkpoint(path)["metrics"].items() if name.startswith(OF_SEARCH)}
 
 
 def _check_configuration(path: Path, rivals: Rivals, bits: str) -> None:

@@ -148,8 +148,7 @@ class PolicyTraining:
         for batch in islice(self.experiment.policy_images(), -(-MOST_IMAGES // batch_size)):
             batch = batch.to(device)
             found = judge.outcome(batch, self.policy(self.detector.look(batch.images).seen).argmax(-1))
-            totals = [found.reward.double().sum(), found.quality.double().sum(), sums.new_tensor(len(found.reward))]
-            sums += torch.stack([total.to(sums) for total in totals])
+            sums += torch.stack([found.reward, found.quality, torch.ones_like(found.quality)], 1).to(sums).sum(0)
         reward, quality, images = ranks.total(sums).tolist()
         return {"reward/greedy": reward / images, "quality/greedy": quality / images}
 

@@ -132,7 +132,7 @@ def test_the_warning_names_ten_boxes_at_most(tmp_path):
 def test_a_clean_split_gives_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_one(tmp_path, object_xml((1, 1, 2, 2)))
+        assert read_one(tmp_path, object_xml((1, 1, 2, 2))) is not None
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,9 @@ def test_a_stage_that_another_process_trains_is_refused_in_one_line(holder: Base
 def test_a_killed_process_leaves_its_stage_to_the_next_at_once(holder: BaseProcess, tmp_path: Path) -> None:
     holder.kill()
     holder.join()
-    RunDir(tmp_path, "finetune", {}, []).close()
+    run_dir = RunDir(tmp_path, "finetune", {}, [])
+    assert run_dir.path == tmp_path / "finetune"
+    run_dir.close()
 
 
 def test_processes_that_find_other_files_than_the_first_do_not_go_on(

@@ -697,6 +697,17 @@ def test_the_report_diagnoses_the_policy_and_the_table_of_images_says_what_makes
 BUDGET = ("--reward.name=budget", "--reward.target_gbitops=0.115")
 
 
+def test_a_policy_from_elsewhere_is_not_reported_with_the_rewards_of_the_run_s_own_search(
+    finished_run: Path, make_command, tmp_path: Path
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "search")
+    checkpoint = finished_run / "finetune" / "last.pt"
+    stages.run_eval(make_command("eval", run, "--bits=policy", f"--init={checkpoint}"))
+    [row] = json.loads((run / "eval" / "policy" / "report.json").read_text())["rows"]
+    assert row["checkpoint"] == str(checkpoint)
+    assert row["diagnostics"]["search"] == {}
+
+
 @pytest.mark.parametrize(
     "options",
     [
