@@ -320,10 +320,7 @@ def test_single_evaluation_does_not_touch_the_comparison(finished_run: Path, mak
     assert single == [row for row in read_report(finished_run)["rows"] if row["bits"] == "uniform:w3a3"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["shapes", "shapes_cliff", "shapes_wide", "shapes_paper", "bccd", "bccd_small", "voc", "voc_paper"],
-)
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs").glob("*.yaml")))
 def test_shipped_config_is_valid(name: str) -> None:
     assert parse_command("pretrain", ["--config", f"configs/{name}.yaml"]).run == Path("runs") / name
 
