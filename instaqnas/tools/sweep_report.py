@@ -14,6 +14,7 @@ from instaqnas.errors import InputError
 from instaqnas.training.run_dir import versions, write_text
 
 TARGET_ROWS = ("policy", "static", "modal", "frequencies")  # the others are the same for all targets
+EQUAL_COST = 1.01  # a way to choose bits that costs more than this times the policy is no rival of it
 KEPT = ("bits", "map_11pt", "coco_ap", "gbitops_total", "gbitops_policy", "distinct_configs", "finetuned")
 HEADER = (
     "target", "bits", "mAP", "policy ahead by", "GBitOps", "against target", "configurations", "rank correlation",
@@ -67,7 +68,8 @@ class Entry:
         bits: the way, as in `--bits`.
         seeds: how many.
         map_percent: mAP, 11 points, in per cent.
-        ahead_percent: what the policy's mAP is above it, seed by seed; None for the policy itself and without a target.
+        ahead_percent: what the policy's mAP is above it, seed by seed; None for the policy itself, without a target,
+            and for what costs over `EQUAL_COST` times as much as the policy.
         gbitops: mean total GBitOps per image.
         off_target_percent: these against the target.
         distinct_configs: mean number of different bit configurations on the test split.
@@ -154,7 +156,8 @@ def _entry(target: float | None, bits: str, runs: Sequence[SweepRun]) -> Entry:
     ahead = off_target = None
     if target is not None:
         off_target = Spread.of([100 * (cost / target - 1) for cost in costs])
-        if bits != "policy":
+        policy_cost = statistics.fmean(run.rows["policy"]["gbitops_total"] for run in runs)
+        if bits != "policy" and statistics.fmean(costs) <= EQUAL_COST * policy_cost:
             ahead = Spread.of([100 * run.rows["policy"]["map_11pt"] - own for run, own in zip(runs, maps, strict=True)])
     known = [
         value for row in rows if isinstance(value := row["rank_correlation"], int | float) and math.isfinite(value)
@@ -180,7 +183,8 @@ def format_table(runs: Sequence[SweepRun]) -> str:
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     return (
         "On the test split; mAP at 11 points in per cent, GBitOps per image with those of the policy. Figures are "
-        f"means ± sample standard deviation over seeds {seeds}; `policy ahead by` is in points of mAP, seed by seed; "
+        f"means ± sample standard deviation over seeds {seeds}; `policy ahead by` is in points of mAP, seed by seed, "
+        f"and empty for what costs over {100 * (EQUAL_COST - 1):.0f} % more than the policy; "
         f"`finetuned epochs` are those of the detector after pretraining.\n\n{table}\n"
     )
 

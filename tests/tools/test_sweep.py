@@ -308,6 +308,13 @@ def test_means_and_spreads_are_over_seeds_and_differences_seed_by_seed(reported:
     assert found[None, "fp32"].off_target_percent is None
 
 
+def test_policy_is_not_said_to_be_ahead_of_what_costs_more(tmp_path: Path) -> None:
+    rows = {"policy": (0.7, 2.0, {}), "static": (0.6, 2.019, {}), "modal": (0.5, 2.021, {})}
+    found = {entry.bits: entry for entry in entries(read_runs([write_report(tmp_path, 0, 2.0, **rows)])[0])}
+    assert found["static"].ahead_percent.mean == pytest.approx(10)
+    assert found["modal"].ahead_percent is None
+
+
 def test_table_and_files_say_it_all(reported: list[SweepRun], tmp_path: Path) -> None:
     runs, missing = read_runs(reported)
     table = format_table(runs)
