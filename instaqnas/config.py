@@ -427,6 +427,8 @@ def _check_combinations(config: Config) -> None:
     _check_reward(config.reward)
     if config.search.start == "sensitivity" and not config.policy.effort:
         raise _unexpected("policy.effort", "true for search.start = sensitivity", config.policy.effort)
+    if config.search.start == "sensitivity" and config.reward.quality != "loss":  # its price is in units of that
+        raise _unexpected("reward.quality", "loss for search.start = sensitivity", config.reward.quality)
     if config.search.start != "uniform" and config.reward.name != "budget":
         raise _unexpected("search.start", f"uniform for reward.name = {config.reward.name}", config.search.start)
     if config.search.ema_decay and not config.search.train_detector:
@@ -718,7 +720,7 @@ _INIT_TEXT = {
 SEVERAL_BITS = ("basic", "all")  # tables of eval.py: without and with the rivals that have to be looked for
 _BITS = {  # ways to choose bits that a stage knows, beside the uniform ones
     "finetune": ("policy", "static", "modal"),
-    "eval": ("policy", "fp32", "random", "frequencies", "modal", "static", *SEVERAL_BITS),
+    "eval": ("policy", "fp32", "random", "shuffled", "frequencies", "modal", "static", *SEVERAL_BITS),
 }
 
 

@@ -146,7 +146,7 @@ def test_finetune_takes_what_the_detector_is_trained_under(parse: Parse, bits: s
 
 
 @pytest.mark.parametrize(
-    "bits", ["policy", "fp32", "random", "frequencies", "modal", "static", "basic", "all", "uniform:w2a3"]
+    "bits", ["policy", "fp32", "random", "shuffled", "frequencies", "modal", "static", "basic", "all", "uniform:w2a3"]
 )
 def test_eval_takes_bits_beside_the_settings_of_that_name(parse: Parse, bits: str) -> None:
     options = ("--bits.choices", "[[2, 3], [4, 4]]", "--bits", bits, "--bits.stem=[6, 6]")
@@ -249,6 +249,11 @@ def test_unknown_key_is_refused_with_the_nearest_and_the_known(
         (["--epochs=3"], "search", "unknown option --epochs; did you mean --search.epochs?"),
         (["--rest"], "search", "unknown option --rest; did you mean --restart?"),
         (["--zzz"], "search", "unknown option --zzz; --help lists all"),
+        (
+            ["--search.start=sensitivity", "--policy.effort=true", "--reward.name=budget", "--reward.target_gbitops=9"],
+            "search",
+            'reward.quality: expected loss for search.start = sensitivity, got "f1"',
+        ),
         (["--restart"], "eval", "unknown option --restart; did you mean --search.start?"),
         (["--bits", "random"], "search", "unknown option --bits; did you mean --bits.stem?"),
         (["--search", "x.yaml"], "search", "unknown option --search; did you mean --search.lr?"),
@@ -257,7 +262,7 @@ def test_unknown_key_is_refused_with_the_nearest_and_the_known(
         (
             ["--bits", "uniform:w9a9"],
             "eval",
-            "--bits: expected one of policy, fp32, random, frequencies, modal, static, basic, all, "
+            "--bits: expected one of policy, fp32, random, shuffled, frequencies, modal, static, basic, all, "
             "uniform:w3a4, uniform:w4a4, uniform:w5a4, got uniform:w9a9",
         ),
         (
@@ -540,7 +545,7 @@ def test_help_shows_every_setting_with_its_text(capsys: pytest.CaptureFixture[st
     text = " ".join(capsys.readouterr().out.split())
     for part in (
         "--config FILE YAML file of the experiment (required)",
-        "--bits BITS policy, fp32, random, frequencies, modal, static, basic, all or uniform:w3a4",
+        "--bits BITS policy, fp32, random, shuffled, frequencies, modal, static, basic, all or uniform:w3a4",
         "--search.epochs EPOCHS passes over the training split.",
         "--search.policy_lr POLICY_LR learning rate of the policy (Adam, constant).",
         "--seed SEED seed of everything random.",

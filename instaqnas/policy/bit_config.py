@@ -34,6 +34,16 @@ def with_frequencies(frequencies: Tensor, draw: Draw) -> ChooseBits:
     return choose
 
 
+def handed_out(configurations: Tensor, draw: Draw) -> ChooseBits:
+    """Every image gets one of the bit configurations [N, L], each equally likely."""
+
+    def choose(images: Tensor, keys: Sequence[SampleKey]) -> Tensor:
+        picked = (len(configurations) * draw(keys)[:, 0]).long()
+        return configurations[picked.to(configurations.device)].to(images.device)
+
+    return choose
+
+
 def sandwich(choices: Sequence[BitChoice], draw: Draw) -> ChooseBits:
     """The sandwich rule (Yu and Huang, ICCV 2019) within the batch of a step, whose images come in random order.
 

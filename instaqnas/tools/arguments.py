@@ -23,6 +23,14 @@ def run_parser(tool: str, description: str, example: str) -> argparse.ArgumentPa
     return parser
 
 
+def refuse(overrides: Sequence[str], *options: str) -> None:
+    """Raises InputError for options of the stage scripts that a tool has no use for."""
+    for word in overrides:
+        option = word.partition("=")[0]
+        if option in options:
+            raise InputError(f"{option}: this tool has no such option")
+
+
 def run_command(options: argparse.Namespace, overrides: Sequence[str]) -> Command:
     """The command that `config`, `run` and `init` of `options` and the settings in `overrides` amount to.
 

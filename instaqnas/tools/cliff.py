@@ -21,6 +21,7 @@ from instaqnas.detector.ssd import detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
+from instaqnas.tools.arguments import refuse
 from instaqnas.training.experiment import QUANTIZED_STAGES, Experiment, load_network, pretrained_checkpoint
 from instaqnas.training.report import choice_name
 from instaqnas.training.sensitivity import ANY, ends, losses_around, mean_loss_on
@@ -172,11 +173,16 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
     named = [word for name in ("run", "init") if (value := getattr(options, name)) for word in (f"--{name}", value)]
     with exit_on_input_error():
+        refuse(overrides, "--bits")
         command = parse_command("eval", ["--config", options.config, *named, *overrides])
         if len(command.config.bits.choices) < 2:
             raise InputError("bits.choices: expected two or more to compare, got one")
         experiment = Experiment(command.config)
         split = options.split or experiment.tuning_split
+        if split == command.config.data.test_split:
+            sys.stderr.write(
+                f"note: choices and targets that the {split} split has picked are not to be judged on it\n"
+            )
         if split == command.config.data.train_split:
             sys.stderr.write(
                 f"note: the network was trained on the {split} split; its mAP there is higher than on others\n"

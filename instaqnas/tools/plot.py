@@ -34,10 +34,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def joined_rows(reports: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of all reports; those of several runs carry the run's name as their label."""
+    """The rows of all reports; those of several runs carry the run's name as their label, and the number of the run."""
     if len(reports) == 1:
         return read_rows(reports[0])
-    return [{**row, "label": f"{run_name(path)}: {row['bits']}"} for path in reports for row in read_rows(path)]
+    return [
+        {**row, "label": f"{run_name(path)}: {row['bits']}", "run": number}
+        for number, path in enumerate(reports)
+        for row in read_rows(path)
+    ]
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from instaqnas.detector.ssd import DetectorBits, detector_layers
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.network import policy_layers
 from instaqnas.quant.bitops import CostTable, LayerCost
+from instaqnas.tools.arguments import refuse
 from instaqnas.training.experiment import Experiment
 from instaqnas.training.report import choice_name
 
@@ -213,6 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
 
     with exit_on_input_error():
+        refuse(overrides, "--run", "--init", "--bits")
         config = parse_command("eval", ["--config", options.config, *overrides]).config
         result = profile(config, class_names_of(config.data.roots))
         if options.configuration is not None:

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -35,7 +35,8 @@ from instaqnas.training.run_dir import write_text
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 WITHOUT_TARGET = ("--reward.name", "quality", "--search.start", "uniform")  # the target of the file may be out of reach
-OWN_OPTIONS = ("--run", "--seed", "--init", "--restart", "--bits", "--reward.name", "--reward.target_gbitops")
+OWN_OPTIONS = ("--run", "--seed", "--bits", "--reward.name", "--reward.target_gbitops")
+STAGE_OPTIONS = ("--init", "--restart")
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,12 @@ class Record:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "steps.json"
         try:
-            self.digests: dict[str, str] = json.loads(self.path.read_text()) if self.path.exists() else {}
+            found = json.loads(self.path.read_text()) if self.path.exists() else {}
         except ValueError:
-            raise InputError(f"{self.path}: damaged; remove it, and finished stages will be looked at again") from None
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(f"{self.path}: damaged; remove it, and finished stages will be looked at again")
+        self.digests: dict[str, str] = found
 
     def has(self, step: Step, settings: Config) -> bool:
         """Whether the step has ended with these settings, and what it wrote is still there."""
@@ -126,6 +130,15 @@ class Record:
     def add(self, step: Step, settings: Config) -> None:
         """Notes that the step has ended."""
         self.digests[step.name] = _digest(settings)
+        self._write()
+
+    def forget(self, steps: Sequence[Step]) -> None:
+        """Notes that the steps have to run."""
+        for step in steps:
+            self.digests.pop(step.name, None)
+        self._write()
+
+    def _write(self) -> None:
         write_text(self.path, json.dumps(self.digests, indent=1) + "\n")
 
 
@@ -162,33 +175,43 @@ def run_all(sweep: Sweep, say: Callable[[str], None]) -> None:
     """
     for seed in sweep.seeds:
         shared = shared_steps(sweep, seed)
-        anew = _run_chain(shared, sweep.settings(seed), f"seed {seed}", say)
+        of_targets = sweep.folder(seed).glob("target_*/steps.json")
+        _run_chain(shared, sweep.settings(seed), f"seed {seed}", say, built_on=of_targets)
         for target in sweep.targets:
             folder = sweep.folder(seed, target)
             folder.mkdir(exist_ok=True)
             for name in ("pretrain_fp32", *(Path(step.output).parent for step in shared)):
                 _link(folder / name)
             where = f"seed {seed}, target {target:g}"
-            _run_chain(target_steps(sweep, seed, target), sweep.settings(seed, target), where, say, anew=anew)
+            _run_chain(target_steps(sweep, seed, target), sweep.settings(seed, target), where, say)
 
 
 def _run_chain(
-    steps: Sequence[Step], settings: Config, where: str, say: Callable[[str], None], *, anew: bool = False
-) -> bool:
-    """Runs steps that build on each other: after the first one that has to run, all. Returns whether any had to."""
+    steps: Sequence[Step],
+    settings: Config,
+    where: str,
+    say: Callable[[str], None],
+    *,
+    built_on: Iterable[Path] = (),
+) -> None:
+    """Runs steps that build on each other: before one that has to run, all that builds on it is forgotten to be done.
+
+    So it is run again, even if the sweep ends in between. `built_on` are the records of other folders that do, too.
+    """
     steps[0].folder.mkdir(parents=True, exist_ok=True)
     record = Record(steps[0].folder)
-    for step in steps:
-        anew = anew or not record.has(step, settings)
-        if not anew:
+    for number, step in enumerate(steps):
+        if record.has(step, settings):
             say(f"{where}: {step.name} is done")
             continue
+        for path in built_on:
+            path.unlink()
+        record.forget(steps[number:])
         say(f"{where}: {step.name}, see {step.log}")
         start = time.monotonic()
         step.run()
         record.add(step, settings)
         say(f"{where}: {step.name} took {time.monotonic() - start:.0f} s")
-    return anew
 
 
 def _link(link: Path) -> None:
@@ -225,8 +248,13 @@ def parse_sweep(arguments: Sequence[str] | None) -> tuple[Sweep, bool]:
     parser.add_argument("--report-only", action="store_true", help="run nothing; report what is there")
     options, overrides = parser.parse_known_args(arguments)
     for word in overrides:
-        if word.partition("=")[0] in OWN_OPTIONS:
-            raise InputError(f"{word.partition('=')[0]}: the sweep sets it itself")
+        option = word.partition("=")[0]
+        if option in OWN_OPTIONS:
+            raise InputError(f"{option}: the sweep sets it itself")
+        if option in STAGE_OPTIONS:
+            raise InputError(
+                f"{option}: not for all stages of a sweep; give it to one, such as search.py, with its --run"
+            )
     if options.config is None:
         raise InputError("--config FILE is missing")
     run = options.run or Path("runs") / f"{options.config.stem}_sweep"
@@ -289,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"missing: seed {run.seed}, target {run.target:g} ({run.report})")
         if not runs:
             raise InputError(f"{sweep.run}: nothing to report yet")
-        write_files(sweep.run, runs, missing, to_plain(sweep.settings(sweep.seeds[0], sweep.targets[0])))
+        write_files(sweep.run, runs, missing)
         print(format_table(runs))
         print(f"written: {', '.join(str(sweep.run / name) for name in ('sweep.json', 'table.md', 'pareto.png'))}")
 

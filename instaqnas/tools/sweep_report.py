@@ -13,8 +13,7 @@ from typing import Any
 from instaqnas.errors import InputError
 from instaqnas.training.run_dir import versions, write_text
 
-TARGET_ROWS = ("policy", "static", "modal", "frequencies")  # the others are the same for all targets
-EQUAL_COST = 1.01  # a way to choose bits that costs more than this times the policy is no rival of it
+TARGET_ROWS = ("policy", "static", "modal", "shuffled", "frequencies")  # the others are the same for all targets
 KEPT = ("bits", "map_11pt", "coco_ap", "gbitops_total", "gbitops_policy", "distinct_configs", "finetuned")
 HEADER = (
     "target", "bits", "mAP", "policy ahead by", "GBitOps", "against target", "configurations", "rank correlation",
@@ -24,12 +23,16 @@ HEADER = (
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One seed at one target, its folder, and the rows of its report by their `bits`, empty before it has been read."""
+    """One seed at one target, and its folder.
+
+    `rows` of its report, by their `bits`, and the resolved `config` in it are empty before it has been read.
+    """
 
     seed: int
     target: float
     folder: Path
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def report(self) -> Path:
@@ -68,8 +71,7 @@ class Entry:
         bits: the way, as in `--bits`.
         seeds: how many.
         map_percent: mAP, 11 points, in per cent.
-        ahead_percent: what the policy's mAP is above it, seed by seed; None for the policy itself, without a target,
-            and for what costs over `EQUAL_COST` times as much as the policy.
+        ahead_percent: what the policy's mAP is above it, seed by seed; None for the policy itself and without a target.
         gbitops: mean total GBitOps per image.
         off_target_percent: these against the target.
         distinct_configs: mean number of different bit configurations on the test split.
@@ -115,18 +117,20 @@ def read_runs(wanted: Iterable[SweepRun]) -> tuple[list[SweepRun], list[SweepRun
     """
     found, missing = [], []
     for run in wanted:
-        rows = _read_rows(run.report) if run.report.exists() else {}
+        rows, config = _read(run.report) if run.report.exists() else ({}, {})
         if "policy" in rows:
-            found.append(replace(run, rows=rows))
+            found.append(replace(run, rows=rows, config=config))
         else:
             missing.append(run)
     return found, missing
 
 
-def _read_rows(report: Path) -> dict[str, dict[str, Any]]:
+def _read(report: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Rows by their `bits`, and config."""
     try:
-        rows = json.loads(report.read_text())["rows"]
-        return {row["bits"]: {**{key: row[key] for key in KEPT}, **_diagnostics(row)} for row in rows}
+        content = json.loads(report.read_text())
+        rows = {row["bits"]: {**{key: row[key] for key in KEPT}, **_diagnostics(row)} for row in content["rows"]}
+        return rows, dict(content["config"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{report}: not a report.json of eval.py") from None
 
@@ -156,8 +160,7 @@ def _entry(target: float | None, bits: str, runs: Sequence[SweepRun]) -> Entry:
     ahead = off_target = None
     if target is not None:
         off_target = Spread.of([100 * (cost / target - 1) for cost in costs])
-        policy_cost = statistics.fmean(run.rows["policy"]["gbitops_total"] for run in runs)
-        if bits != "policy" and statistics.fmean(costs) <= EQUAL_COST * policy_cost:
+        if bits != "policy":
             ahead = Spread.of([100 * run.rows["policy"]["map_11pt"] - own for run, own in zip(runs, maps, strict=True)])
     known = [
         value for row in rows if isinstance(value := row["rank_correlation"], int | float) and math.isfinite(value)
@@ -184,22 +187,18 @@ def format_table(runs: Sequence[SweepRun]) -> str:
     return (
         "On the test split; mAP at 11 points in per cent, GBitOps per image with those of the policy. Figures are "
         f"means ± sample standard deviation over seeds {seeds}; `policy ahead by` is in points of mAP, seed by seed, "
-        f"and empty for what costs over {100 * (EQUAL_COST - 1):.0f} % more than the policy; "
-        f"`finetuned epochs` are those of the detector after pretraining.\n\n{table}\n"
+        "whatever the row costs; `finetuned epochs` are those of its detector after pretraining, up to the checkpoint "
+        f"that was used.\n\n{table}\n"
     )
 
 
-def write_files(folder: Path, runs: Sequence[SweepRun], missing: Sequence[SweepRun], config: dict[str, Any]) -> None:
-    """Writes sweep.json, table.md and pareto.png.
-
-    Args:
-        config: the resolved settings of the first seed and target.
-    """
+def write_files(folder: Path, runs: Sequence[SweepRun], missing: Sequence[SweepRun]) -> None:
+    """Writes sweep.json, with the config of the first run, table.md and pareto.png."""
     content = {
         "entries": [asdict(entry) for entry in entries(runs)],
         "runs": [run.plain() for run in runs],
         "missing": [{"seed": run.seed, "target": run.target} for run in missing],
-        "config": config,
+        "config": runs[0].config,
         "versions": versions(),
     }
     write_text(folder / "sweep.json", json.dumps(content, indent=1) + "\n")
@@ -219,7 +218,8 @@ def plot(path: Path, found: Sequence[Entry]) -> None:
     groups: dict[str, list[Entry]] = {}
     for entry in found:
         groups.setdefault(entry.bits.partition(":")[0], []).append(entry)
-    markers = {"policy": "*-", "static": "s-", "uniform": "o-", "modal": "v:", "frequencies": "^:", "random": "D"}
+    markers = {"policy": "*-", "static": "s-", "uniform": "o-", "modal": "v:", "shuffled": "P:"}
+    markers |= {"frequencies": "^:", "random": "D"}
     for name, group in groups.items():
         if name == "fp32":
             label = f"fp32, {group[0].gbitops.mean:.3g} GBitOps"

@@ -5,7 +5,8 @@ fp32                     of the full-precision training
 uniform:..., static      of the quantized training, which knows all configurations; also what finetuning starts from
 random                   the same
 policy                   its own: of the search, which may have trained it along, then finetuned
-frequencies, modal       the policy's: it has seen these choices for as long as the policy has been trained
+shuffled, frequencies,   the policy's: it has seen these choices for as long as the policy has been trained
+modal
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from instaqnas.config import Command
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import DetectorBits, detector_costs
 from instaqnas.errors import InputError
-from instaqnas.policy.bit_config import fixed, greedy_by, with_frequencies
+from instaqnas.policy.bit_config import fixed, greedy_by, handed_out, with_frequencies
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.training.experiment import (
     FULL_PRECISION_STAGES,
@@ -46,7 +47,7 @@ def row_names(command: Command) -> list[str]:
         names.insert(0, "fp32")
     else:
         log.info("note: no row fp32, %s has no full-precision training", command.run)
-    of_policy = ["policy"] if command.bits == "basic" else ["frequencies", "modal", "static", "policy"]
+    of_policy = ["policy"] if command.bits == "basic" else ["shuffled", "frequencies", "modal", "static", "policy"]
     if any(best_checkpoint(command.run, stage).exists() for stage in POLICY_STAGES):
         names += of_policy
     else:
@@ -69,7 +70,7 @@ def row_source(rivals: Rivals, name: str) -> Path:
     match name:
         case "fp32":
             return finished_checkpoint(command.run, "pretrain_fp32", config.pretrain_fp32, "pretrain.py")
-        case "policy" | "frequencies" | "modal":
+        case "policy" | "shuffled" | "frequencies" | "modal":
             return latest_policy_checkpoint(command)
         case _:
             return pretrained_checkpoint(command)
@@ -93,6 +94,8 @@ def measured_row(rivals: Rivals, name: str, source: Path, loader: DetectionLoade
     match name:
         case "random":
             choose = experiment.choose_random("eval")
+        case "shuffled":
+            choose = handed_out(rivals.habits.choices, experiment.draw("shuffled"))
         case "frequencies":
             choose = with_frequencies(rivals.habits.frequencies, experiment.draw("frequencies"))
         case _:

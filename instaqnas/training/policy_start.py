@@ -12,7 +12,7 @@ from torch import Tensor
 from instaqnas import ranks
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.policy.budget import Multiplier
-from instaqnas.policy.diagnostics import rank_correlation
+from instaqnas.policy.diagnostics import average_ranks, rank_correlation
 from instaqnas.policy.network import PolicyNet
 from instaqnas.policy.start import start_at_price
 from instaqnas.seeds import uniform_numbers
@@ -32,9 +32,9 @@ def begin_by_loss(
     """Lets `policy` begin with what `start_at_price` makes of the detector's sensitivity, at the target's mean cost.
 
     The effort for an image is fitted to the rank, from -1 to 1, of its loss under the cheapest configuration. What an
-    image gains by more bits grows with that rank in a straight line, from hardly anything to twice the mean (measured
-    on drawn objects); the gain itself, a difference of two losses, is too noisy to be learned from so few images. Every
-    process fits it to all images.
+    image gains by more bits is taken to grow with that rank in a straight line, from nothing to twice the mean; the
+    gain itself, a difference of two losses, is too noisy to be learned from so few images. Every process fits it to all
+    images.
 
     Args:
         source: the checkpoint that `detector` is of, in eval mode.
@@ -85,8 +85,8 @@ def _teach_effort(experiment: Experiment, detector: SwitchableSSD, policy: Polic
 
     Images are flipped at random, as the detector's are in training: the loss is taken to be the same.
     """
-    wanted = torch.empty_like(losses)
-    wanted[losses.argsort()] = torch.linspace(-1, 1, len(losses), device=losses.device)
+    places = (average_ranks(losses) - 1) / max(1, len(losses) - 1)  # equal losses, such as of empty images, alike
+    wanted = (2 * places - 1).to(losses)
     loader = experiment.policy_loader(experiment.config.search.policy_batch_size, "search start")
     optimizer = torch.optim.Adam(policy.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(loader))

@@ -18,8 +18,10 @@ from instaqnas.training.run_dir import versions, write_text
 from instaqnas.training.survey import Diagnosis
 
 # Of rows in plots, the same whatever rows there are; matplotlib's names.
-COLOURS = {"fp32": "grey", "random": "C1", "frequencies": "C2", "modal": "C4", "static": "C5", "policy": "C3"}
-OTHER_COLOURS = ("C0", "C9", "C8", "C6", "C7", "black", "gold", "navy")  # bits.choices has eight at most
+COLOURS = {"fp32": "grey", "random": "C1", "frequencies": "C2", "policy": "C3", "modal": "C4", "static": "C5"}
+COLOURS |= {"shuffled": "C6"}
+OTHER_COLOURS = ("C0", "C9", "C8", "C7", "black", "gold", "navy", "lime")  # bits.choices has eight at most
+RUN_MARKERS = "o^sDvPX<>"
 ROW_KEYS = (
     "map_11pt",
     "map_all_point",
@@ -118,18 +120,21 @@ def _finite(value: Any) -> Any:
 
 
 def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A plot of mAP (11 points) against total GBitOps of rows of report.json, which may have a `label` for the legend.
+    """A plot of mAP (11 points) against total GBitOps of rows of report.json.
 
-    Full precision is a line: its cost is far off.
+    Rows of several runs have a `label` for the legend and the number of their `run`, from 0: colours tell the ways to
+    choose bits, markers the runs. Full precision is a line: its cost is far off.
     """
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     others = cycle(OTHER_COLOURS)
+    colours = COLOURS | {
+        bits: next(others) for bits in dict.fromkeys(row["bits"] for row in rows) if bits not in COLOURS
+    }
     for row in rows:
-        label = row.get("label", row["bits"])
-        colour = COLOURS.get(label) or next(others)
+        label, colour = row.get("label", row["bits"]), colours[row["bits"]]
         if row["bits"] == "fp32":
             axes.axhline(
                 100 * row["map_11pt"],
@@ -138,7 +143,7 @@ def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 label=f"{label}, {row['gbitops_total']:.3g} GBitOps",
             )
             continue
-        marker = {"policy": "*", "random": "D"}.get(row["bits"], "o")
+        marker = RUN_MARKERS[row.get("run", 0) % len(RUN_MARKERS)]
         axes.plot(row["gbitops_total"], 100 * row["map_11pt"], marker, markersize=9, label=label, color=colour)
     axes.set(xlabel="GBitOps per image, policy included", ylabel="mAP at IoU 0.5, 11 points (%)")
     axes.grid(alpha=0.3)

@@ -48,11 +48,13 @@ class Habits:
     """What a greedy policy does with the images of a split.
 
     Args:
+        choices: the configuration it picks for each of the N images, [N, L].
         frequencies: how often it picks each choice at each position, float64 [L, K].
         modal: its most frequent bit configuration.
         gbitops: mean GBitOps of detector and policy.
     """
 
+    choices: Tensor
     frequencies: Tensor
     modal: list[int]
     gbitops: float
@@ -83,9 +85,11 @@ def fixed_config(config: Config) -> Config:
 
 
 def further_epochs(state: dict[str, Any]) -> int:
-    """Epochs that the detector of a checkpoint was trained for after pretraining."""
-    sections = [state["config"][name] for name in FURTHER_SECTIONS.get(kind_of(state["stage"]), ())]
-    return sum(section["epochs"] for section in sections if section.get("train_detector", True))
+    """Epochs that the detector of a checkpoint was trained for after pretraining, up to that checkpoint."""
+    names = FURTHER_SECTIONS.get(kind_of(state["stage"]), ())
+    sections = [state["config"][name] for name in names]
+    epochs = [section["epochs"] for section in sections[:-1]] + [state["epoch"]] * bool(sections)
+    return sum(n for section, n in zip(sections, epochs, strict=True) if section.get("train_detector", True))
 
 
 class Rivals:
@@ -134,6 +138,7 @@ class Rivals:
         found = survey(self.policy, detector, experiment.tuning_loader(), experiment.device)
         choices = found.logits.argmax(-1)
         return Habits(
+            choices,
             choice_frequencies(choices, len(detector.choices)),
             modal_configuration(choices).tolist(),
             detector_costs(detector).gbitops(choices).mean().item() + policy_gbitops(self.policy, detector.image_size),

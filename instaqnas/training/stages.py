@@ -158,16 +158,16 @@ class DetectorTraining:
         """Trains to the end; validates and draws each time under what `choose_bits()` returns.
 
         What may be the result (see `fit`) takes the statistics of BatchNorm from `batch_norm_batches` training batches
-        under the same; 0 leaves them. After that comes `finish`, which is for a stage whose result is its end.
-        `diagnose` as for `fit`.
+        under the same; 0 leaves them. Before that comes `finish`, which is for a stage whose result is its end and may
+        change what is chosen. `diagnose` as for `fit`.
         """
         val_loader = self.experiment.val_loader()
         shown = self.experiment.picture_batch()
 
         def prepare_result() -> None:
+            finish()
             if batch_norm_batches:
                 self._reestimate_batch_norm(choose_bits(), batch_norm_batches)
-            finish()
 
         def validate() -> EvalReport:
             return self.experiment.evaluate(self.result, val_loader, choose_bits(), policy_cost)

@@ -13,6 +13,7 @@ from instaqnas.policy.bit_config import (
     entropy,
     fixed,
     greedy_by,
+    handed_out,
     log_prob,
     mix_uniform,
     sample,
@@ -172,6 +173,14 @@ def test_configurations_with_given_frequencies_have_them_at_each_position_indepe
     assert counts[0, 2] == 0
     both = (choices == torch.tensor([0, 2])).all(1).double().mean().item()
     assert both == pytest.approx(0.5 * 0.7, abs=0.03)
+
+
+def test_configurations_that_are_handed_out_are_whole_and_equally_likely() -> None:
+    known = torch.tensor([[0, 2, 1], [1, 1, 1], [0, 2, 1], [2, 0, 0]])
+    choices = handed_out(known, draw(3, "here"))(images(4000), keys(4000))
+    shares = [(choices == row).all(1).double().mean().item() for row in known[[0, 1, 3]]]
+    assert shares == pytest.approx([0.5, 0.25, 0.25], abs=0.03)
+    assert sum(shares) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("way", ["random", "sandwich", "sampled"])

@@ -136,6 +136,7 @@ def test_tables_have_a_line_for_every_choice_and_position_and_end_with_the_cliff
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--bits", "static"], "--bits: this tool has no such option"),
         (["--split", "nowhere"], "no split 'nowhere'"),
         (["--bits.choices=[[4, 4]]"], "bits.choices: expected two or more to compare, got one"),
         (["--bits.choices=[[4, 4], [2, 2]]"], "trained with other settings: bits.choices"),

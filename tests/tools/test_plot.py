@@ -43,7 +43,9 @@ def test_rows_of_several_reports_carry_the_name_of_their_run(tmp_path: Path) -> 
         write_report(tmp_path / "B" / "eval" / "uniform_w3a4" / "report.json", ("uniform:w3a4", 0.5, 4.0)),
         write_report(tmp_path / "elsewhere" / "report.json", ("random", 0.4, 4.5)),
     ]
-    assert [row["label"] for row in joined_rows(reports)] == ["A: policy", "B: uniform:w3a4", "elsewhere: random"]
+    rows = joined_rows(reports)
+    assert [row["label"] for row in rows] == ["A: policy", "B: uniform:w3a4", "elsewhere: random"]
+    assert [row["run"] for row in rows] == [0, 1, 2]
 
 
 def test_plot_is_written_into_a_new_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

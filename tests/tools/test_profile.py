@@ -173,6 +173,14 @@ def test_wrong_configuration_is_one_line_and_status_2(configuration: str, capsys
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --configuration: expected ")
 
 
+@pytest.mark.parametrize("option", ["--bits=static", "--run=runs/x", "--init=x.pt"])
+def test_options_of_a_stage_are_refused(option: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--config", str(VOC_CONFIG), option])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"error: {option.partition('=')[0]}: this tool has no such option\n"
+
+
 def test_classes_come_from_the_roots_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert class_names_of([voc_tree(tmp_path / "cells", "red\nwhite\n")]) == ("red", "white")
     assert class_names_of([voc_tree(tmp_path / "VOC2007")]) == VOC_CLASSES

@@ -66,6 +66,22 @@ def test_a_rival_is_trained_as_long_as_the_adaptive_detector_and_from_no_lower_a
     assert fixed_config(alone) == alone
 
 
+@pytest.mark.parametrize(
+    ("stage", "train_detector", "epochs"),
+    [
+        ("pretrain_quant", True, 0),
+        ("search", True, 3),
+        ("search", False, 0),
+        ("finetune", True, 5 + 3),
+        ("finetune", False, 3),
+        ("finetune_static", True, 3),
+    ],
+)
+def test_epochs_after_pretraining_end_with_the_checkpoint(stage: str, train_detector: bool, epochs: int) -> None:  # noqa: FBT001
+    config = {"search": {"epochs": 5, "train_detector": train_detector}, "finetune": {"epochs": 8}}
+    assert further_epochs({"stage": stage, "epoch": 3, "config": config}) == epochs
+
+
 @pytest.mark.slow
 def test_epochs_after_pretraining_are_those_of_search_and_finetuning(compared_run: Path) -> None:
     expected = {"pretrain_fp32": 0, "pretrain_quant": 0, "search": 2, "finetune": 3}
@@ -234,6 +250,7 @@ def test_rows_say_which_detector_they_ran_on_and_how_long_it_was_finetuned(compa
         "uniform:w3a3": ("finetune_uniform_w3a3", 3),
         "uniform:w4a4": ("pretrain_quant", 0),
         "random": ("pretrain_quant", 0),
+        "shuffled": ("finetune", 3),
         "frequencies": ("finetune", 3),
         "modal": ("finetune", 3),
         "static": ("finetune_static", 3),
@@ -275,5 +292,5 @@ def test_a_run_without_a_search_compares_what_it_has_and_says_so(
     with caplog.at_level(logging.INFO):
         stages.run_eval(make_command("eval", run, "--bits", "all"))
     assert list(rows_of(run)) == ["uniform:w2a2", "uniform:w3a3", "uniform:w4a4", "random"]
-    assert "note: no policy (frequencies, modal, static, policy): " in caplog.text
+    assert "note: no policy (shuffled, frequencies, modal, static, policy): " in caplog.text
     assert "note: no row fp32" in caplog.text

@@ -28,7 +28,8 @@ from instaqnas.training.run_dir import best_checkpoint
 GPU_SUMS = "a GPU adds in no fixed order: weights of two runs agree closely, not bit for bit"
 STAGES = ("pretrain_fp32", "pretrain_quant", "search", "finetune")
 BITS = (
-    "fp32", "uniform:w2a2", "uniform:w3a3", "uniform:w4a4", "random", "frequencies", "modal", "static", "policy",
+    "fp32", "uniform:w2a2", "uniform:w3a3", "uniform:w4a4", "random", "shuffled", "frequencies", "modal",
+    "static", "policy",
 )  # fmt: skip
 ROW_KEYS = {
     "bits", "map_11pt", "map_all_point", "coco_ap", "gbitops_detector", "gbitops_policy", "gbitops_total",
@@ -116,6 +117,18 @@ def test_search_changes_the_policy_and_finetuning_does_not(finished_run: Path, m
     finetuned = load_checkpoint(finished_run / "finetune" / "last.pt")["networks"]["policy"]
     assert not torch.equal(fresh["head.weight"], searched["head.weight"])
     assert all(torch.equal(best[name], value) for name, value in finetuned.items())
+
+
+def test_batch_norm_has_the_statistics_of_what_the_finished_policy_chooses(
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "pretrain_quant")
+    order = []
+    meet, reestimate = stages.PolicyTraining.meet_budget, stages.reestimate_batch_norm
+    monkeypatch.setattr(stages.PolicyTraining, "meet_budget", lambda self: order.append("policy") or meet(self))
+    monkeypatch.setattr(stages, "reestimate_batch_norm", lambda *args: order.append("statistics") or reestimate(*args))
+    stages.run_search(make_command("search", run, "--search.batch_norm_batches=1"))
+    assert order == ["policy", "statistics"]
 
 
 def test_search_can_leave_the_detector_as_it_was_pretrained(finished_run: Path, make_command, tmp_path: Path) -> None:
