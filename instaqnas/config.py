@@ -215,10 +215,13 @@ class QuantTrainConfig(TrainConfig):
     Args:
         distill_weight: weight of a further loss, the distance to the outputs of the full-precision network; 0 has none.
         batch_norm_batches: training batches, all at most, that give a result its BatchNorm statistics; 0: running ones.
+        batch_renorm: normalise in training by BatchNorm's running statistics, where images of a batch have different
+            choices (batch renormalization).
     """
 
     distill_weight: float = 0.0
     batch_norm_batches: int = 0
+    batch_renorm: bool = False
 
 
 @dataclass(frozen=True)

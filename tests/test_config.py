@@ -509,7 +509,7 @@ def test_what_only_lsq_has_is_refused_for_other_quantizers(
 
 def test_a_config_from_before_a_setting_existed_is_completed_with_its_default() -> None:
     now, old = (to_plain(Config(data=DataConfig(roots=["voc"]))) for _ in range(2))
-    added = {"ema_decay", "distill_weight", "batch_norm_batches", "sandwich", "pretrained"}
+    added = {"ema_decay", "distill_weight", "batch_norm_batches", "batch_renorm", "sandwich", "pretrained"}
     for section in ("pretrain_fp32", "pretrain_quant", "search", "finetune"):
         for name in added & old[section].keys():
             del old[section][name]

@@ -38,6 +38,7 @@ BitChoice = tuple[int, int]
 WeightSharing = Literal["shared", "separate", "nested"]
 ParameterState = list[tuple[nn.Parameter, int, int]]  # with address and version
 PackedWeight = tuple[list[ByteConv2d], Tensor]  # of each choice; step sizes as those of a weight quantizer
+MOST_SCALE, MOST_SHIFT = 3.0, 5.0  # of batch renormalization: r_max and d_max that its schedule ends with
 
 
 class PerChoiceBatchNorm(nn.Module):
@@ -47,11 +48,17 @@ class PerChoiceBatchNorm(nn.Module):
 
     The input comes as integer sums with one factor per choice still to be multiplied in; normalisation absorbs it, and
     is itself left to the reader of the result.
+
+    With `renormalize` set, training normalises as evaluation does, by the running statistics, while gradients are those
+    of the batch's (batch renormalization: Ioffe, NeurIPS 2017): few images of a batch may have the same choice, and an
+    image that is alone with its own would be normalised by itself. How far the two statistics may differ is limited,
+    by `MOST_SCALE` and `MOST_SHIFT`. With one choice all images of the batch take part, and nothing changes.
     """
 
     def __init__(self, channels: int, choices: int, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         self.momentum, self.eps = momentum, eps
+        self.renormalize = False
         self.weight = nn.Parameter(torch.ones(choices, channels))
         self.bias = nn.Parameter(torch.zeros(choices, channels))
         self.register_buffer("running_mean", torch.zeros(choices, channels))
@@ -68,15 +75,20 @@ class PerChoiceBatchNorm(nn.Module):
         if choice is None and factor is None and not (self.training and ranks.world_size() > 1):
             state = (self.running_mean[0], self.running_var[0], self.weight[0], self.bias[0])
             return Affine(F.batch_norm(y, *state, self.training, self.momentum, self.eps))
-        mean, var = self.running_mean, self.running_var
-        if self.training:
+        if not self.training:
+            scale, shift = self.folded(factor)
+        else:
+            known = self.running_mean.clone(), self.running_var.clone()
             y, mean, var = self._batch_statistics(y, factor, choice)
-        scale, shift = self._folded(mean, var, factor)
+            weight, bias = self.weight, self.bias
+            if self.renormalize and len(weight) > 1:
+                weight, bias = self._renormalized(mean.detach(), var.detach(), *known)
+            scale, shift = self._folded(weight, bias, mean, var, factor)
         return Affine(y, of_images(scale, choice, len(y)), of_images(shift, choice, len(y)))
 
     def folded(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale and shift [K, C] that normalisation of `factor * y` comes to in evaluation."""
-        return self._folded(self.running_mean, self.running_var, factor)
+        return self._folded(self.weight, self.bias, self.running_mean, self.running_var, factor)
 
     def totals(self, y: Tensor, factor: Tensor | None, choice: Tensor | None) -> Tensor:
         """Count, sum and sum of squares of `factor * y` over the pixels of each choice's images, float64 [3, K, C].
@@ -102,9 +114,18 @@ class PerChoiceBatchNorm(nn.Module):
         self.running_mean.copy_(torch.where(count > 1, mean, self.running_mean))
         self.running_var.copy_(torch.where(count > 1, var, self.running_var))
 
-    def _folded(self, mean: Tensor, var: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
+    def _renormalized(self, mean: Tensor, var: Tensor, known_mean: Tensor, known_var: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias [K, C] for what is normalised by the batch's statistics, as if it were by the known ones."""
+        rate = (known_var + self.eps).rsqrt()
+        scale = ((var + self.eps).sqrt() * rate).clamp(1 / MOST_SCALE, MOST_SCALE)
+        shift = ((mean - known_mean) * rate).clamp(-MOST_SHIFT, MOST_SHIFT)
+        return self.weight * scale, self.bias + self.weight * shift
+
+    def _folded(
+        self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        scale = weight * (var + self.eps).rsqrt()
+        shift = bias - mean * scale
         return scale if factor is None else scale * factor, shift
 
     def _batch_statistics(
@@ -289,12 +310,19 @@ def calibrate(network: nn.Module, forward: Callable[[], object]) -> None:
 
 
 @torch.no_grad()
+def use_batch_renorm(network: nn.Module, *, on: bool) -> None:
+    """Lets the BatchNorms of `network` renormalize in training, or not."""
+    for module in network.modules():
+        if isinstance(module, PerChoiceBatchNorm):
+            module.renormalize = on
+
+
 def reestimate_batch_norm(network: nn.Module, forward: Callable[[], object]) -> None:
     """Takes the BatchNorm statistics of `network` anew from all the data that `forward()` sends through it.
 
     They are those of all images of a choice together, whatever batches and processes they come in ("precise BatchNorm",
-    Wu and Johnson, 2021, section 3); a choice that no image has keeps its own. On the way every batch is normalised by
-    its own statistics, as in training. Nothing else changes, nor do layers that `network.train()` leaves in evaluation.
+    Wu and Johnson, 2021, section 3); a choice that no image has keeps its own. On the way every batch is normalised as
+    in training. Nothing else changes, nor do layers that `network.train()` leaves in evaluation.
     """
     totals: dict[PerChoiceBatchNorm, Tensor] = {}
 

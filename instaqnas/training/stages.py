@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from instaqnas.config import SEVERAL_BITS, Command, Config, TrainConfig
+from instaqnas.config import SEVERAL_BITS, Command, Config, QuantTrainConfig, TrainConfig
 from instaqnas.data.loader import Batch, DetectionLoader
 from instaqnas.detector.distillation import distillation_loss, foreground
 from instaqnas.detector.pretrained import load_pretrained
@@ -29,7 +29,7 @@ from instaqnas.policy.budget import Multiplier
 from instaqnas.policy.network import policy_gbitops, start_logits
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.fused import compile_passes
-from instaqnas.quant.switchable import calibrate, reestimate_batch_norm
+from instaqnas.quant.switchable import calibrate, reestimate_batch_norm, use_batch_renorm
 from instaqnas.ranks import alone, total
 from instaqnas.training import distributed
 from instaqnas.training.checks import quick_preflight
@@ -94,6 +94,7 @@ class DetectorTraining:
         loader = experiment.train_loader(settings.batch_size, run_dir.stage)
         optimizer = build_optimizer(detector, settings)
         scheduler = build_scheduler(optimizer, settings, len(loader))
+        use_batch_renorm(detector, on=isinstance(settings, QuantTrainConfig) and settings.batch_renorm)
         network = distributed.parallel(detector)
         networks, average = {"detector": detector}, None
         if settings.ema_decay:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +16,7 @@ from instaqnas.quant.switchable import (
     SwitchableConv2d,
     calibrate,
     reestimate_batch_norm,
+    use_batch_renorm,
 )
 
 MIXED = [(2, 3), (4, 4), (8, 8)]
@@ -490,6 +492,71 @@ def test_calibration_is_over_once_it_returns() -> None:
     network(100 * torch.randn(3, 3, 6, 6), choice)
     for name, value in network.named_parameters():
         assert torch.equal(value, before[name])
+
+
+# --- Batch renormalization --------------------------------------------------------------------------------------------
+
+
+def renormalizing(choices: int) -> PerChoiceBatchNorm:
+    """With statistics, weights and biases of their own for each choice."""
+    torch.manual_seed(choices)
+    norm = PerChoiceBatchNorm(2, choices).double()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    norm.weight.data.uniform_(0.5, 2)
+    norm.bias.data.normal_()
+    use_batch_renorm(norm, on=True)
+    return norm.train()
+
+
+def test_batch_renorm_normalises_as_evaluation_does_and_has_the_gradients_of_the_batch() -> None:
+    norm = renormalizing(2)
+    y, factor = torch.randn(5, 2, 3, 3).double().requires_grad_(), torch.tensor([[0.9], [0.8]]).double()
+    choice, weights = torch.tensor([0, 1, 0, 0, 0]), torch.randn(5, 2, 3, 3).double()
+    expected = copy.deepcopy(norm).eval()(y, factor, choice).value().detach()
+    known = norm.running_mean.clone(), norm.running_var.clone()
+    found = norm(y, factor, choice).value()
+    torch.testing.assert_close(found, expected)  # image 1 is alone with its choice
+    (found * weights).sum().backward()
+    gradient, y.grad = y.grad.clone(), None
+    wanted = 0
+    for k in (0, 1):
+        x = (y * factor[k])[choice == k]
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        scale = (var + norm.eps).sqrt().detach() / (known[1][k] + norm.eps).sqrt()
+        shift = (mean.detach() - known[0][k]) / (known[1][k] + norm.eps).sqrt()
+        own_weight, own_bias = norm.weight[k] * scale, norm.bias[k] + norm.weight[k] * shift
+        normal = F.batch_norm(x, None, None, own_weight.detach(), own_bias.detach(), training=True, eps=norm.eps)
+        wanted = wanted + (normal * weights[choice == k]).sum()
+    wanted.backward()
+    torch.testing.assert_close(gradient, y.grad)
+
+
+def test_batch_renorm_has_limits() -> None:
+    norm = renormalizing(2)
+    y = 1000 + 100 * torch.randn(4, 2, 3, 3).double()
+    found = norm(y, None, torch.zeros(4, dtype=torch.long)).value()
+    limited = 3 * norm.weight[0, :, None, None] * F.batch_norm(y, None, None, training=True)
+    limited = limited + (norm.bias + 5 * norm.weight)[0, :, None, None]
+    torch.testing.assert_close(found, limited, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_renorm_changes_nothing_with_one_choice_or_in_evaluation() -> None:
+    for norm, choice in ((renormalizing(1), None), (renormalizing(2).eval(), torch.tensor([0, 1, 1]))):
+        plain = copy.deepcopy(norm)
+        use_batch_renorm(plain, on=False)
+        y = torch.randn(3, 2, 4, 4).double()
+        assert torch.equal(norm(y, None, choice).value(), plain(y, None, choice).value())
+
+
+def test_batch_renorm_learns_running_statistics_as_without() -> None:
+    norm = renormalizing(2)
+    plain = copy.deepcopy(norm)
+    use_batch_renorm(plain, on=False)
+    y, choice = torch.randn(3, 2, 4, 4).double(), torch.tensor([0, 1, 1])
+    assert not torch.equal(norm(y, None, choice).value(), plain(y, None, choice).value())
+    assert torch.equal(norm.running_mean, plain.running_mean)
+    assert torch.equal(norm.running_var, plain.running_var)
 
 
 # --- Statistics of BatchNorm taken anew -------------------------------------------------------------------------------

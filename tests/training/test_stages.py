@@ -22,6 +22,7 @@ from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.config import Config, from_plain, parse_command
 from instaqnas.detector.ssd import SwitchableSSD
 from instaqnas.errors import InputError, TrainingError
+from instaqnas.quant.switchable import PerChoiceBatchNorm
 from instaqnas.training.rivals import further_epochs
 from instaqnas.training.run_dir import best_checkpoint
 
@@ -129,6 +130,23 @@ def test_batch_norm_has_the_statistics_of_what_the_finished_policy_chooses(
     monkeypatch.setattr(stages, "reestimate_batch_norm", lambda *args: order.append("statistics") or reestimate(*args))
     stages.run_search(make_command("search", run, "--search.batch_norm_batches=1"))
     assert order == ["policy", "statistics"]
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_batch_renorm_is_that_of_the_stage(
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "pretrain_quant", "search")
+    seen = set()
+    train = stages.train_detector_epoch
+
+    def watched(network: torch.nn.Module, *args: object, **settings: object) -> None:
+        seen.update(m.renormalize for m in network.modules() if isinstance(m, PerChoiceBatchNorm))
+        train(network, *args, **settings)
+
+    monkeypatch.setattr(stages, "train_detector_epoch", watched)
+    stages.run_finetune(make_command("finetune", run, f"--finetune.batch_renorm={str(on).lower()}"))
+    assert seen == {on}
 
 
 def test_search_can_leave_the_detector_as_it_was_pretrained(finished_run: Path, make_command, tmp_path: Path) -> None:
