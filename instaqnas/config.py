@@ -215,8 +215,8 @@ class QuantTrainConfig(TrainConfig):
     Args:
         distill_weight: weight of a further loss, the distance to the outputs of the full-precision network; 0 has none.
         batch_norm_batches: training batches, all at most, that give a result its BatchNorm statistics; 0: running ones.
-        batch_renorm: normalise in training by BatchNorm's running statistics, where images of a batch have different
-            choices (batch renormalization).
+        batch_renorm: normalise layers with several choices in training as in use, by BatchNorm's running statistics,
+            within limits (batch renormalization).
     """
 
     distill_weight: float = 0.0
@@ -252,8 +252,8 @@ class SearchConfig(QuantTrainConfig):
         baseline: what a sample's reward is compared with, that of the `greedy` configuration or of the others (`rloo`).
         start: first distribution of the policy, `uniform`; mostly the best fixed configuration that the target of the
             reward `budget` allows (`static`); or the best for each image by the `sensitivity` of positions, which is
-            taken to be the higher the more loss the image has under the cheapest bits (with `policy.effort` and the
-            reward `budget`).
+            taken to be the higher the more loss the image has under the cheapest bits (with `policy.effort`, the reward
+            `budget` and `reward.quality` `loss`).
         samples: configurations that are drawn and judged for each image of a policy step; `rloo` needs 2.
         normalize_advantage: scale the advantages of a policy step to a root mean square of 1.
     """

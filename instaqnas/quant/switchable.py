@@ -309,7 +309,6 @@ def calibrate(network: nn.Module, forward: Callable[[], object]) -> None:
             hook.remove()
 
 
-@torch.no_grad()
 def use_batch_renorm(network: nn.Module, *, on: bool) -> None:
     """Lets the BatchNorms of `network` renormalize in training, or not."""
     for module in network.modules():
@@ -317,6 +316,7 @@ def use_batch_renorm(network: nn.Module, *, on: bool) -> None:
             module.renormalize = on
 
 
+@torch.no_grad()
 def reestimate_batch_norm(network: nn.Module, forward: Callable[[], object]) -> None:
     """Takes the BatchNorm statistics of `network` anew from all the data that `forward()` sends through it.
 

@@ -122,7 +122,7 @@ def _row_of_policy(
 
 
 def _of_search(command: Command) -> dict[str, float]:
-    """What the last epoch of the run's search has logged of rewards; nothing for a policy that comes by `--init`."""
+    """What the run's search has logged last of rewards; nothing for a policy that comes by `--init`."""
     path = best_checkpoint(command.run, "search")
     if command.init or not path.exists():
         return {}

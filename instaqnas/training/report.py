@@ -21,7 +21,7 @@ from instaqnas.training.survey import Diagnosis
 COLOURS = {"fp32": "grey", "random": "C1", "frequencies": "C2", "policy": "C3", "modal": "C4", "static": "C5"}
 COLOURS |= {"shuffled": "C6"}
 OTHER_COLOURS = ("C0", "C9", "C8", "C7", "black", "gold", "navy", "lime")  # bits.choices has eight at most
-RUN_MARKERS = "o^sDvPX<>"
+RUN_MARKERS, RUN_LINES = "o^sDvPX<>", ("--", ":", "-.")
 ROW_KEYS = (
     "map_11pt",
     "map_all_point",
@@ -44,7 +44,7 @@ class ReportRow:
     """One way to choose bits: its name as in `--bits`, the checkpoint it ran on, its bit choices and its figures.
 
     `finetuned` counts the epochs that the detector was trained for after pretraining, `diagnosis` is that of a policy,
-    `search` the rewards, qualities and the multiplier in the last epoch of its search, by their names in TensorBoard.
+    `search` the rewards, qualities and the multiplier that its search has logged last, by their names in TensorBoard.
     """
 
     bits: str
@@ -123,7 +123,7 @@ def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """A plot of mAP (11 points) against total GBitOps of rows of report.json.
 
     Rows of several runs have a `label` for the legend and the number of their `run`, from 0: colours tell the ways to
-    choose bits, markers the runs. Full precision is a line: its cost is far off.
+    choose bits, markers the runs. Full precision is a line, dashed as its run is: its cost is far off.
     """
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
@@ -134,16 +134,16 @@ def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         bits: next(others) for bits in dict.fromkeys(row["bits"] for row in rows) if bits not in COLOURS
     }
     for row in rows:
-        label, colour = row.get("label", row["bits"]), colours[row["bits"]]
+        label, colour, run = row.get("label", row["bits"]), colours[row["bits"]], row.get("run", 0)
         if row["bits"] == "fp32":
             axes.axhline(
                 100 * row["map_11pt"],
                 color=colour,
-                linestyle="--",
+                linestyle=RUN_LINES[run % len(RUN_LINES)],
                 label=f"{label}, {row['gbitops_total']:.3g} GBitOps",
             )
             continue
-        marker = RUN_MARKERS[row.get("run", 0) % len(RUN_MARKERS)]
+        marker = RUN_MARKERS[run % len(RUN_MARKERS)]
         axes.plot(row["gbitops_total"], 100 * row["map_11pt"], marker, markersize=9, label=label, color=colour)
     axes.set(xlabel="GBitOps per image, policy included", ylabel="mAP at IoU 0.5, 11 points (%)")
     axes.grid(alpha=0.3)

@@ -192,7 +192,8 @@ class DetectorTraining:
     def _reestimate_batch_norm(self, choose_bits: ChooseBits, batches: int) -> None:
         """The result's statistics, from augmented images: what the weights have been trained for.
 
-        They are the same images each time. Training goes on from these statistics, which it does not read.
+        They are the same images each time. Training goes on from these statistics, which it does not read but with
+        `batch_renorm`.
         """
         self.loader.set_epoch(self.settings.epochs)
 

@@ -532,21 +532,23 @@ def test_batch_renorm_normalises_as_evaluation_does_and_has_the_gradients_of_the
     torch.testing.assert_close(gradient, y.grad)
 
 
-def test_batch_renorm_has_limits() -> None:
+@pytest.mark.parametrize(("mean", "deviation", "scale", "shift"), [(1000, 100, 3, 5), (-1000, 0.1, 1 / 3, -5)])
+def test_batch_renorm_has_limits(mean: float, deviation: float, scale: float, shift: float) -> None:
     norm = renormalizing(2)
-    y = 1000 + 100 * torch.randn(4, 2, 3, 3).double()
+    y = mean + deviation * torch.randn(4, 2, 3, 3).double()
     found = norm(y, None, torch.zeros(4, dtype=torch.long)).value()
-    limited = 3 * norm.weight[0, :, None, None] * F.batch_norm(y, None, None, training=True)
-    limited = limited + (norm.bias + 5 * norm.weight)[0, :, None, None]
+    limited = scale * norm.weight[0, :, None, None] * F.batch_norm(y, None, None, training=True, eps=norm.eps)
+    limited = limited + (norm.bias + shift * norm.weight)[0, :, None, None]
     torch.testing.assert_close(found, limited, rtol=1e-4, atol=1e-4)
 
 
 def test_batch_renorm_changes_nothing_with_one_choice_or_in_evaluation() -> None:
+    factor = torch.tensor([[0.9]]).double()
     for norm, choice in ((renormalizing(1), None), (renormalizing(2).eval(), torch.tensor([0, 1, 1]))):
         plain = copy.deepcopy(norm)
         use_batch_renorm(plain, on=False)
         y = torch.randn(3, 2, 4, 4).double()
-        assert torch.equal(norm(y, None, choice).value(), plain(y, None, choice).value())
+        assert torch.equal(norm(y, factor, choice).value(), plain(y, factor, choice).value())
 
 
 def test_batch_renorm_learns_running_statistics_as_without() -> None:
@@ -573,6 +575,7 @@ def test_statistics_taken_anew_are_those_of_all_images_of_a_choice() -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
 
     def forward() -> None:
+        assert not torch.is_grad_enabled()  # the graphs of all batches would be kept
         for x, choice in zip(batches, choices, strict=True):
             network(x, torch.tensor(choice))
 

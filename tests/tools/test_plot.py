@@ -42,10 +42,11 @@ def test_rows_of_several_reports_carry_the_name_of_their_run(tmp_path: Path) -> 
         write_report(tmp_path / "A" / "eval" / "report.json", ("policy", 0.6, 5.0)),
         write_report(tmp_path / "B" / "eval" / "uniform_w3a4" / "report.json", ("uniform:w3a4", 0.5, 4.0)),
         write_report(tmp_path / "elsewhere" / "report.json", ("random", 0.4, 4.5)),
+        write_report(tmp_path / "A" / "eval" / "static" / "report.json", ("static", 0.5, 5.0)),
     ]
     rows = joined_rows(reports)
-    assert [row["label"] for row in rows] == ["A: policy", "B: uniform:w3a4", "elsewhere: random"]
-    assert [row["run"] for row in rows] == [0, 1, 2]
+    assert [row["label"] for row in rows] == ["A: policy", "B: uniform:w3a4", "elsewhere: random", "A: static"]
+    assert [row["run"] for row in rows] == [0, 1, 2, 0]
 
 
 def test_plot_is_written_into_a_new_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
