@@ -638,10 +638,11 @@ def _settings(section: type = Config, prefix: str = "") -> dict[str, _Setting]:
 
 
 def _texts(section: type) -> dict[str, str]:
-    """Returns the one-line texts below `Args:` by field name, those of the base class included."""
+    """Returns the texts below `Args:` by field name, each as one line, those of the base class included."""
     found: dict[str, str] = {}
     for cls in reversed(section.__mro__[:-1]):
-        found |= re.findall(r"^    (\w+): (.+)$", inspect.cleandoc(cls.__doc__), flags=re.MULTILINE)
+        texts = re.findall(r"^    (\w+): (.+(?:\n {8,}.+)*)$", inspect.cleandoc(cls.__doc__), flags=re.MULTILINE)
+        found |= {name: " ".join(text.split()) for name, text in texts}
     return found
 
 

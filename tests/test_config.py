@@ -558,6 +558,14 @@ def test_help_shows_every_setting_with_its_text(capsys: pytest.CaptureFixture[st
             assert f"--{section}.{name}".rstrip(".") in text
 
 
+def test_help_shows_texts_of_several_lines_to_their_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_command("search", ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "reward `budget` and `reward.quality` `loss`)." in shown
+    assert "learning rate and losses of the detector are then of no account." in shown
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_script_prints_help(stage: str) -> None:
     done = run_script(stage, "--help")
