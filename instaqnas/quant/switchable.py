@@ -77,13 +77,13 @@ class PerChoiceBatchNorm(nn.Module):
             return Affine(F.batch_norm(y, *state, self.training, self.momentum, self.eps))
         if not self.training:
             scale, shift = self.folded(factor)
-        else:
-            known = self.running_mean.clone(), self.running_var.clone()
+        elif self.renormalize and len(self.weight) > 1:
+            known = self.running_mean.clone(), self.running_var.clone()  # of before this batch
             y, mean, var = self._batch_statistics(y, factor, choice)
-            weight, bias = self.weight, self.bias
-            if self.renormalize and len(weight) > 1:
-                weight, bias = self._renormalized(mean.detach(), var.detach(), *known)
-            scale, shift = self._folded(weight, bias, mean, var, factor)
+            scale, shift = self._folded(*self._renormalized(mean.detach(), var.detach(), *known), mean, var, factor)
+        else:
+            y, mean, var = self._batch_statistics(y, factor, choice)
+            scale, shift = self._folded(self.weight, self.bias, mean, var, factor)
         return Affine(y, of_images(scale, choice, len(y)), of_images(shift, choice, len(y)))
 
     def folded(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -37,12 +37,13 @@ def joined_rows(reports: Sequence[Path]) -> list[dict[str, Any]]:
     """The rows of all reports; those of several runs carry the run's name as their label, and the number of the run."""
     if len(reports) == 1:
         return read_rows(reports[0])
-    names = list(dict.fromkeys(map(run_name, reports)))
-    return [
-        {**row, "label": f"{name}: {row['bits']}", "run": names.index(name)}
-        for path, name in zip(reports, map(run_name, reports), strict=True)
-        for row in read_rows(path)
-    ]
+    numbers: dict[str, int] = {}
+    rows = []
+    for path in reports:
+        name = run_name(path)
+        number = numbers.setdefault(name, len(numbers))
+        rows += [{**row, "label": f"{name}: {row['bits']}", "run": number} for row in read_rows(path)]
+    return rows
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:

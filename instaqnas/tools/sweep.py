@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -175,7 +175,7 @@ def run_all(sweep: Sweep, say: Callable[[str], None]) -> None:
     """
     for seed in sweep.seeds:
         shared = shared_steps(sweep, seed)
-        of_targets = sweep.folder(seed).glob("target_*/steps.json")
+        of_targets = list(sweep.folder(seed).glob("target_*/steps.json"))
         _run_chain(shared, sweep.settings(seed), f"seed {seed}", say, built_on=of_targets)
         for target in sweep.targets:
             folder = sweep.folder(seed, target)
@@ -192,7 +192,7 @@ def _run_chain(
     where: str,
     say: Callable[[str], None],
     *,
-    built_on: Iterable[Path] = (),
+    built_on: Sequence[Path] = (),
 ) -> None:
     """Runs steps that build on each other: before one that has to run, all that builds on it is forgotten to be done.
 
@@ -205,7 +205,7 @@ def _run_chain(
             say(f"{where}: {step.name} is done")
             continue
         for path in built_on:
-            path.unlink()
+            path.unlink(missing_ok=True)
         record.forget(steps[number:])
         say(f"{where}: {step.name}, see {step.log}")
         start = time.monotonic()

@@ -18,8 +18,15 @@ from instaqnas.training.run_dir import versions, write_text
 from instaqnas.training.survey import Diagnosis
 
 # Of rows in plots, the same whatever rows there are; matplotlib's names.
-COLOURS = {"fp32": "grey", "random": "C1", "frequencies": "C2", "policy": "C3", "modal": "C4", "static": "C5"}
-COLOURS |= {"shuffled": "C6"}
+COLOURS = {
+    "fp32": "grey",
+    "random": "C1",
+    "frequencies": "C2",
+    "policy": "C3",
+    "modal": "C4",
+    "static": "C5",
+    "shuffled": "C6",
+}
 OTHER_COLOURS = ("C0", "C9", "C8", "C7", "black", "gold", "navy", "lime")  # bits.choices has eight at most
 RUN_MARKERS, RUN_LINES = "o^sDvPX<>", ("--", ":", "-.")
 ROW_KEYS = (
@@ -129,10 +136,8 @@ def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    others = cycle(OTHER_COLOURS)
-    colours = COLOURS | {
-        bits: next(others) for bits in dict.fromkeys(row["bits"] for row in rows) if bits not in COLOURS
-    }
+    others = dict.fromkeys(row["bits"] for row in rows if row["bits"] not in COLOURS)
+    colours = COLOURS | dict(zip(others, cycle(OTHER_COLOURS)))
     for row in rows:
         label, colour, run = row.get("label", row["bits"]), colours[row["bits"]], row.get("run", 0)
         if row["bits"] == "fp32":

@@ -86,10 +86,12 @@ def fixed_config(config: Config) -> Config:
 
 def further_epochs(state: dict[str, Any]) -> int:
     """Epochs that the detector of a checkpoint was trained for after pretraining, up to that checkpoint."""
-    names = FURTHER_SECTIONS.get(kind_of(state["stage"]), ())
-    sections = [state["config"][name] for name in names]
-    epochs = [section["epochs"] for section in sections[:-1]] + [state["epoch"]] * bool(sections)
-    return sum(n for section, n in zip(sections, epochs, strict=True) if section.get("train_detector", True))
+    names, count = FURTHER_SECTIONS.get(kind_of(state["stage"]), ()), 0
+    for name in names:
+        section = state["config"][name]
+        if section.get("train_detector", True):
+            count += state["epoch"] if name == names[-1] else section["epochs"]
+    return count
 
 
 class Rivals:
