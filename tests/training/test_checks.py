@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import instaqnas.training.checks as checks
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.errors import InputError
 from instaqnas.training.checks import check_disk, checkpoint_bytes, disk_needed, quick_preflight, splits_of
@@ -79,8 +80,17 @@ def test_training_reads_train_and_val_and_evaluation_the_test_split(make_command
     assert splits_of(config, ["finetune", "eval"]) == [(roots, "train")]
 
 
-def test_whole_data_pass(own_data: Path, make_command, tmp_path: Path) -> None:
+def test_whole_data_pass_once_every_image_header_is_read(
+    own_data: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    check = checks.check_image_header
+    monkeypatch.setattr(
+        checks, "check_image_header", lambda annotation: read.append(annotation.image_id) or check(annotation)
+    )
     quick_preflight(experiment(make_command, tmp_path, f"--data.roots=[{own_data}]"), tmp_path, *TRAINED, "eval")
+    splits = [(own_data / "ImageSets" / "Main" / f"{split}.txt").read_text() for split in ("train", "val", "test")]
+    assert sorted(read) == sorted(" ".join(splits).split())
 
 
 @pytest.mark.parametrize(("split", "stage"), [("train", "pretrain_fp32"), ("val", "search"), ("test", "eval")])
