@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from instaqnas.config import Command, parse_command
 from instaqnas.errors import InputError
+from instaqnas.training.experiment import Experiment
 
 
-def run_parser(tool: str, description: str, example: str) -> argparse.ArgumentParser:
-    """A parser with --config, --run and --init; `example` is a setting that may be overridden beside them."""
+def run_parser(
+    tool: str, description: str, example: str, *, init: str | None = "the run's latest stage"
+) -> argparse.ArgumentParser:
+    """A parser with --config, --run and, instead of the checkpoint `init`, --init, or without it for None.
+
+    `example` is a setting that may be overridden beside them.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m instaqnas.tools.{tool}",
         description=description,
@@ -19,8 +26,26 @@ def run_parser(tool: str, description: str, example: str) -> argparse.ArgumentPa
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
     parser.add_argument("--run", metavar="FOLDER", help="folder of the run (default: runs/<name of FILE>)")
-    parser.add_argument("--init", metavar="CHECKPOINT", help="take this checkpoint instead of the run's latest stage")
+    if init is not None:
+        parser.add_argument("--init", metavar="CHECKPOINT", help=f"take this checkpoint instead of {init}")
     return parser
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """The option --split, which `split_to_measure` reads."""
+    parser.add_argument("--split", help="images to measure on (default: the val split, the train split without one)")
+
+
+def split_to_measure(options: argparse.Namespace, experiment: Experiment) -> str:
+    """That of --split, else the one that choices are to be made on; a note tells what its figures are no good for."""
+    data, split = experiment.config.data, options.split or experiment.tuning_split
+    if split == data.test_split:
+        sys.stderr.write(f"note: choices and targets that the {split} split has picked are not to be judged on it\n")
+    if split == data.train_split:
+        sys.stderr.write(
+            f"note: the network was trained on the {split} split; its mAP there is higher than on others\n"
+        )
+    return split
 
 
 def refuse(overrides: Sequence[str], *options: str) -> None:
@@ -37,7 +62,10 @@ def run_command(options: argparse.Namespace, overrides: Sequence[str]) -> Comman
     Raises: InputError as `parse_command`, and for bits that are not the policy's.
     """
     named = [
-        word for name in ("config", "run", "init") if (value := getattr(options, name)) for word in (f"--{name}", value)
+        word
+        for name in ("config", "run", "init")
+        if (value := getattr(options, name, None))
+        for word in (f"--{name}", value)
     ]
     command = parse_command("eval", [*named, *overrides])
     if command.bits != "policy":

@@ -7,21 +7,18 @@ cliff, between the neighbouring uniform choices where mAP falls most per GBitOps
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from instaqnas.config import parse_command
 from instaqnas.detector.ssd import detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
-from instaqnas.tools.arguments import refuse
+from instaqnas.tools.arguments import add_split, refuse, run_command, run_parser, split_to_measure
 from instaqnas.training.experiment import QUANTIZED_STAGES, Experiment, load_network, pretrained_checkpoint
 from instaqnas.training.report import choice_name
 from instaqnas.training.sensitivity import ANY, ends, losses_around, mean_loss_on
@@ -105,14 +102,12 @@ def measure(experiment: Experiment, checkpoint: Path, split: str) -> Landscape:
 
     Raises: InputError if the checkpoint is not of a quantized stage or has other settings, or there is no such split.
     """
-    config, data = experiment.config, experiment.config.data
-    roots = data.test_roots if data.test_roots and split == data.test_split else data.roots
     detector = experiment.quantized_detector().eval()
     load_network(experiment, detector, "detector", checkpoint, stages=QUANTIZED_STAGES)
     costs, names = detector_costs(detector), [choice_name(choice) for choice in detector.choices]
-    loader = experiment.eval_loader(split, roots)
+    loader = experiment.loader_of(split)
     random_bits = experiment.choose_random("sensitivity")
-    mean_loss = mean_loss_on(detector, loader, config.eval.batch_size, random_bits, experiment.device)
+    mean_loss = mean_loss_on(detector, loader, experiment.config.eval.batch_size, random_bits, experiment.device)
     uniform = []
     for k, name in enumerate(names):
         report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector, k))
@@ -158,35 +153,23 @@ def cliff_line(found: Landscape) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints what the command line asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m instaqnas.tools.cliff",
-        description="Measure every uniform bit choice and the sensitivity of every position of one trained network, "
-        "and name the cliff: where quality falls.",
-        epilog="Settings can be overridden, such as --data.workers 0.",
-        allow_abbrev=False,
+    parser = run_parser(
+        "cliff",
+        "Measure every uniform bit choice and the sensitivity of every position of one trained network, and name the "
+        "cliff: where quality falls.",
+        "--data.workers 0",
+        init="the run's pretrained one",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
-    parser.add_argument("--run", metavar="FOLDER", help="folder of the run (default: runs/<name of FILE>)")
-    parser.add_argument("--init", metavar="CHECKPOINT", help="take this checkpoint instead of the run's pretrained one")
-    parser.add_argument("--split", help="images to measure on (default: the val split, the train split without one)")
+    add_split(parser)
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
     options, overrides = parser.parse_known_args(arguments)
-    named = [word for name in ("run", "init") if (value := getattr(options, name)) for word in (f"--{name}", value)]
     with exit_on_input_error():
         refuse(overrides, "--bits")
-        command = parse_command("eval", ["--config", options.config, *named, *overrides])
+        command = run_command(options, overrides)
         if len(command.config.bits.choices) < 2:
             raise InputError("bits.choices: expected two or more to compare, got one")
         experiment = Experiment(command.config)
-        split = options.split or experiment.tuning_split
-        if split == command.config.data.test_split:
-            sys.stderr.write(
-                f"note: choices and targets that the {split} split has picked are not to be judged on it\n"
-            )
-        if split == command.config.data.train_split:
-            sys.stderr.write(
-                f"note: the network was trained on the {split} split; its mAP there is higher than on others\n"
-            )
+        split = split_to_measure(options, experiment)
         found = measure(experiment, command.init or pretrained_checkpoint(command), split)
     print(json.dumps(found.plain(), indent=1) if options.json else format_tables(found))
 

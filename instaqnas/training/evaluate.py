@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from operator import itemgetter
+from operator import attrgetter
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,12 +67,31 @@ class EvalReport:
         return self.gbitops_detector + self.gbitops_policy
 
 
+class MeasuredImage(NamedTuple):
+    """An image: its place in the dataset, its row, and what was detected, the fields of a `RecordBatch` without B."""
+
+    index: int
+    row: ImageRow
+    record: tuple[Tensor, ...]
+
+
 class Measured(NamedTuple):
     """A batch, or a process's share of it: places of the images in the dataset, their rows, and what was detected."""
 
     indices: Sequence[int]
     rows: Sequence[ImageRow]
     records: RecordBatch
+
+    @classmethod
+    def of(cls, images: Sequence[MeasuredImage]) -> Measured:
+        """The batch of one or more images."""
+        indices, rows, records = zip(*images, strict=True)
+        columns = (pad_sequence(column, batch_first=True) for column in zip(*records, strict=True))
+        return cls(indices, rows, RecordBatch(*columns))
+
+    def images(self) -> list[MeasuredImage]:
+        """Its images one by one, their tensors padded as they were."""
+        return list(map(MeasuredImage, self.indices, self.rows, zip(*self.records, strict=True)))
 
 
 def detections_of(detector: SwitchableSSD, output: SSDOutput, settings: EvalConfig) -> Detections:
@@ -124,28 +143,24 @@ def negative_loss(detector: SwitchableSSD, output: SSDOutput, batch: Batch) -> T
 
 
 @torch.no_grad()
-def evaluate(
+def measure(
     detector: SwitchableSSD,
     batches: Iterable[Batch],
     choose_bits: ChooseBits,
     *,
     costs: CostTable,
-    policy_gbitops: float,
-    class_names: tuple[str, ...],
     settings: EvalConfig,
     quality: RewardQuality,
     quality_threshold: float,
     difficulties: Sequence[float],
     device: torch.device,
-) -> EvalReport:
-    """Runs every image once and measures; all processes get the report on all images.
+) -> list[Measured]:
+    """Runs every image once; batch by batch, this process's shares.
 
     Args:
         batches: evaluation batches, on the CPU: this process's shares of them.
         choose_bits: bit configurations of a batch's images.
         costs: GBitOps of the detector's configurations.
-        policy_gbitops: GBitOps that choosing costs an image; 0 where nothing is computed for it.
-        class_names: without the background.
         quality, quality_threshold: the quality of the per-image table, and the lowest score it counts.
         difficulties: of the images of the dataset; NaN where it is not known.
     """
@@ -174,6 +189,17 @@ def evaluate(
         rows = list(map(ImageRow, batch.image_ids, *(column.tolist() for column in columns), hard))
         share.append(Measured(indices, rows, RecordBatch(*(t.cpu() for t in boxes))))
     detector.train(was_training)
+    return share
+
+
+def report_of_all(share: list[Measured], policy_gbitops: float, class_names: tuple[str, ...]) -> EvalReport:
+    """The report on the images of all processes, from each one's share; all get it.
+
+    Args:
+        share: what `measure` returns.
+        policy_gbitops: GBitOps that choosing costs an image; 0 where nothing is computed for it.
+        class_names: without the background.
+    """
     shares = distributed.gathered(share)
     report = None if shares is None else _report(_joined(shares), policy_gbitops, class_names)
     return distributed.from_writer(report)
@@ -183,20 +209,23 @@ def _joined(shares: Sequence[list[Measured]]) -> list[Measured]:
     """The batches that processes have measured their shares of, with the images in the order of the dataset."""
     if len(shares) == 1:
         return shares[0]
-    joined = []
-    for parts in zip_longest(*shares, fillvalue=Measured([], [], [])):  # the last batch may not do for all processes
-        images = [image for p in parts for image in zip(p.indices, p.rows, zip(*p.records, strict=True), strict=True)]
-        indices, rows, tensors = zip(*sorted(images, key=itemgetter(0)), strict=True)
-        columns = (pad_sequence(column, batch_first=True) for column in zip(*tensors, strict=True))
-        joined.append(Measured(indices, rows, RecordBatch(*columns)))
-    return joined
+    batches = zip_longest(*shares)  # the last batch may not do for all processes
+    return [
+        Measured.of(sorted((image for part in parts if part for image in part.images()), key=attrgetter("index")))
+        for parts in batches
+    ]
+
+
+def records_of(batches: Sequence[Measured]) -> DetectionRecords:
+    """What mAP is computed from."""
+    records = DetectionRecords()
+    for batch in batches:
+        records.add([row.image_id for row in batch.rows], *batch.records)
+    return records
 
 
 def _report(batches: Sequence[Measured], policy_gbitops: float, class_names: tuple[str, ...]) -> EvalReport:
-    records, rows = DetectionRecords(), []
-    for batch in batches:
-        records.add([row.image_id for row in batch.rows], *batch.records)
-        rows += batch.rows
+    records, rows = records_of(batches), [row for batch in batches for row in batch.rows]
     result = voc_map(records, class_names)
     return EvalReport(
         map_11pt=result.map_11pt,

@@ -25,7 +25,7 @@ from instaqnas.policy.network import PolicyNet, effort_of
 from instaqnas.ranks import world_size
 from instaqnas.seeds import SampleKey, derived_seed, generator, uniform_numbers
 from instaqnas.training import distributed
-from instaqnas.training.evaluate import EvalReport, evaluate
+from instaqnas.training.evaluate import EvalReport, Measured, RewardQuality, measure, report_of_all
 from instaqnas.training.run_dir import best_checkpoint, kind_of
 
 TrainPart = Literal["detector", "policy"]  # of the train split
@@ -155,6 +155,12 @@ class Experiment:
         data = self.config.data
         return self.eval_loader(data.test_split, data.test_roots or data.roots)
 
+    def loader_of(self, split: str) -> DetectionLoader:
+        """A split by its name: the test split from its own roots, any other from those of the train split."""
+        if split == self.config.data.test_split:
+            return self.test_loader()
+        return self.eval_loader(split, self.config.data.roots)
+
     @property
     def tuning_split(self) -> str:
         """The val split, or the train split where there is none: what fixed bit configurations are chosen on."""
@@ -193,23 +199,28 @@ class Experiment:
         """The same choice at every position of `detector`."""
         return fixed([choice] * len(detector.positions))
 
-    def evaluate(
-        self, detector: SwitchableSSD, loader: DetectionLoader, choose_bits: ChooseBits, policy_cost: float = 0.0
-    ) -> EvalReport:
-        """Figures of a detector on a split."""
-        return evaluate(
+    def measure(
+        self, detector: SwitchableSSD, loader: DetectionLoader, choose_bits: ChooseBits, quality: RewardQuality
+    ) -> list[Measured]:
+        """What a detector makes of the images of a split, with their `quality`; this process's shares."""
+        return measure(
             detector,
             distributed.progress_bar(loader, "evaluate"),
             choose_bits,
             costs=detector_costs(detector),
-            policy_gbitops=policy_cost,
-            class_names=self.class_names,
             settings=self.config.eval,
-            quality=self.config.reward.quality,
+            quality=quality,
             quality_threshold=self.config.reward.score_threshold,
             difficulties=[annotation.difficulty for annotation in loader.dataset.annotations],
             device=self.device,
         )
+
+    def evaluate(
+        self, detector: SwitchableSSD, loader: DetectionLoader, choose_bits: ChooseBits, policy_cost: float = 0.0
+    ) -> EvalReport:
+        """Figures of a detector on a split."""
+        measured = self.measure(detector, loader, choose_bits, self.config.reward.quality)
+        return report_of_all(measured, policy_cost, self.class_names)
 
     def annotations(self, roots: Sequence[str], split: str) -> list[Annotation]:
         """What is annotated in a split of `roots`, read once."""

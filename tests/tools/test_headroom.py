@@ -1,0 +1,169 @@
+"""Images shared by two detectors: against hand-made detections, and against one network at each image's own bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from instaqnas.checkpoint import load_checkpoint
+from instaqnas.config import from_plain, to_plain
+from instaqnas.metrics.voc import RecordBatch
+from instaqnas.tools.headroom import SHARES, main, map_11pt, mixed, orders
+from instaqnas.training.evaluate import ImageRow, Measured
+from instaqnas.training.experiment import Experiment
+from instaqnas.training.run_dir import RunDir
+from instaqnas.training.stages import DetectorTraining
+
+SETTINGS = {
+    "detector": {"image_size": 64, "width": 0.125, "extras_batch_norm": True},
+    "bits": {"choices": [[4, 4], [2, 2], [3, 3]]},
+    "policy": {"pool": 4, "width": 4},
+    "eval": {"batch_size": 3},
+}
+BOXES = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+
+
+def image(index: int, found: int, *, objects: int = 1, loss: float = 0.0, difficulty: float = 0.5) -> Measured:
+    """A batch of one image with `objects` objects of class 1 (2 at most), of which the first `found` are detected."""
+    row = ImageRow(f"{index}", [0], 1.0, -loss, objects, found, 10.0, difficulty)
+    labels = torch.ones(1, 2, dtype=torch.int64)
+    detections = (BOXES[None, :found], torch.full((1, found), 0.9), labels[:, :found])
+    truth = (BOXES[None, :objects], labels[:, :objects], torch.zeros(1, objects, dtype=torch.bool))
+    return Measured([index], [row], RecordBatch(*detections, *truth))
+
+
+def batch(*images: Measured) -> Measured:
+    return Measured.of([one for measured in images for one in measured.images()])
+
+
+def test_each_image_counts_as_its_own_detector_has_seen_it() -> None:
+    cheap = [batch(image(0, 0), image(1, 1, objects=2)), batch(image(2, 0))]
+    dear = [batch(image(0, 1), image(1, 2, objects=2)), batch(image(2, 1))]
+    # 4 objects: precision is 1 as long as there are detections, so 11-point AP counts the recalls 0, 0.1... reached.
+    assert map_11pt(cheap, ["disc"]) == pytest.approx(3 / 11)  # recall 1/4
+    assert map_11pt(dear, ["disc"]) == pytest.approx(1)
+    assert map_11pt(mixed(cheap, dear, [2]), ["disc"]) == pytest.approx(6 / 11)  # 2/4
+    assert map_11pt(mixed(cheap, dear, [1, 2]), ["disc"]) == pytest.approx(8 / 11)  # 3/4
+    assert map_11pt(mixed(cheap, dear, []), ["disc"]) == pytest.approx(3 / 11)
+    assert [row.detections for part in mixed(cheap, dear, [0]) for row in part.rows] == [1, 1, 0]
+
+
+def test_orders_begin_with_the_largest_and_keep_equals_as_they_were() -> None:
+    cheap = [batch(image(0, 0, loss=5.0, difficulty=0.1), image(1, 0, objects=2, loss=7.0, difficulty=0.9))]
+    cheap += [batch(image(2, 0, loss=6.0, difficulty=0.2))]
+    dear = [batch(image(0, 0, loss=1.0), image(1, 0, objects=2, loss=6.0)), batch(image(2, 0, loss=4.0))]
+    assert {name: order.tolist() for name, order in orders(cheap, dear).items()} == {
+        "by objects": [1, 0, 2],
+        "by difficulty": [1, 2, 0],
+        "by loss at the cheap one": [1, 2, 0],
+        "by loss saved": [0, 2, 1],
+    }
+
+
+def test_a_data_set_without_difficulties_has_no_such_order() -> None:
+    measured = [batch(image(0, 0, difficulty=float("nan")), image(1, 0))]
+    assert list(orders(measured, measured)) == ["by objects", "by loss at the cheap one", "by loss saved"]
+
+
+@pytest.fixture(scope="module")
+def folder(make_run: Callable[..., Path]) -> Path:
+    """Holds `tiny.yaml` and `runs/tiny`, pretrained and finetuned as far as the files tell, both of one network."""
+    folder = make_run(SETTINGS, test_images=8)
+    config = from_plain(yaml.safe_load((folder / "tiny.yaml").read_text()))
+    experiment = Experiment(config)
+    run_dir = RunDir(folder / "runs" / "tiny", "pretrain_quant", to_plain(config), experiment.class_names)
+    detector = network(folder, experiment)
+    state = DetectorTraining.begin(experiment, run_dir, detector, config.pretrain_quant).state
+    state.epoch = config.pretrain_quant.epochs
+    run_dir.save(state.state_dict(), best=False)
+    return folder
+
+
+def network(folder: Path, experiment: Experiment) -> torch.nn.Module:
+    detector = experiment.quantized_detector()
+    state = load_checkpoint(folder / "runs" / "tiny" / "finetune" / "last.pt")
+    detector.load_state_dict(state["networks"]["detector"])
+    return detector.eval()
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return ["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny"), *more]
+
+
+@pytest.mark.slow
+def test_figures_are_those_of_one_network_at_each_images_own_bits(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    main(words(folder, "--split", "test", "--json"))
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert [line for line in captured.err.splitlines() if line.startswith("note")] == [
+        "note: choices and targets that the test split has picked are not to be judged on it"
+    ]
+    assert [found[name]["choice"] for name in ("cheap", "dear")] == ["w2a2", "w4a4"]
+    experiment = Experiment(from_plain(yaml.safe_load((folder / "tiny.yaml").read_text())))
+    detector, loader = network(folder, experiment), experiment.test_loader()
+
+    def report(dear_images: list[int]) -> tuple[float, float]:
+        def choose(seen: torch.Tensor, keys: list) -> torch.Tensor:
+            return torch.tensor([[0 if key.index in dear_images else 1] * 13 for key in keys])
+
+        measured = experiment.evaluate(detector, loader, choose)
+        return measured.map_11pt, measured.gbitops_detector
+
+    assert (found["cheap"]["map_11pt"], found["cheap"]["gbitops"]) == pytest.approx(report([]))
+    assert (found["dear"]["map_11pt"], found["dear"]["gbitops"]) == pytest.approx(report(list(range(8))))
+    objects = torch.cat([one.objects for one in loader]).tolist()
+    order = sorted(range(8), key=lambda index: -objects[index])
+    assert len(set(objects)) > 2
+    expected = [report(order[: int(8 * share)]) for share in SHARES]
+    assert found["map_11pt"]["by objects"] == pytest.approx([row[0] for row in expected])
+    assert found["gbitops"] == pytest.approx([row[1] for row in expected])
+    assert len({found["cheap"]["map_11pt"], found["dear"]["map_11pt"], *found["map_11pt"]["by objects"]}) > 2
+    assert list(found["map_11pt"]) == [
+        "by objects",
+        "by difficulty",
+        "by loss at the cheap one",
+        "by loss saved",
+        "by what the policy spends",
+        "at random",
+    ]
+
+
+@pytest.mark.slow
+def test_the_table_has_a_line_for_every_order(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    main(words(folder))
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[0].startswith("note: the network was trained on the train split")
+    lines = captured.out.splitlines()
+    assert lines[0] == "on the train split"
+    assert lines[1].startswith("cheap: w2a2, mAP (11 points) ")
+    assert lines[4].split()[-3:] == ["25%", "50%", "75%"]
+    assert len(lines) == 12
+    assert all(len(line.split()) > 4 for line in lines[6:])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--bits", "static"], "--bits: this tool has no such option"),
+        (["--init", "x.pt"], "--init: this tool has no such option"),
+        (["--split", "nowhere"], "no split 'nowhere'"),
+        (["--bits.choices=[[4, 4]]"], "bits.choices: expected two or more of different cost"),
+        (["--bits.choices=[[4, 4], [2, 2]]"], "trained with other settings: bits.choices"),
+        (["--run", "nowhere"], "pretrain_quant: no checkpoint; run pretrain.py first"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(
+    folder: Path, capsys: pytest.CaptureFixture, more: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(words(folder, *more))
+    assert exit_.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
