@@ -1,9 +1,8 @@
-"""What choosing per image could bring at most: `python -m instaqnas.tools.headroom --config FILE --run runs/NAME`.
+"""What choosing per image brings where it costs nothing: `python -m instaqnas.tools.headroom --config FILE --run NAME`.
 
-Two detectors, each under one uniform bit choice and trained for it where the run has that (`finetune.py --bits`), share
-the images of a split: some go to the dear one, the others to the cheap one. Neither is held back by having to serve
-other bits, and which images are to go where is known. What a policy can win over a fixed configuration of the same
-cost, it wins over that.
+Two detectors, each trained under one fixed bit configuration, share the images of a split: some go to the dear one, the
+others to the cheap one. Neither is held back by having to serve other bits, and which images are hard is known. What
+that brings beyond a fixed configuration of the same cost is what a policy between these two can hope for.
 """
 
 from __future__ import annotations
@@ -11,15 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from instaqnas.checkpoint import load_checkpoint
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.metrics.voc import voc_map
+from instaqnas.policy.bit_config import fixed
 from instaqnas.quant.bitops import CostTable
 from instaqnas.seeds import generator
 from instaqnas.tools.arguments import add_split, refuse, run_command, run_parser, split_to_measure
@@ -32,7 +34,6 @@ from instaqnas.training.experiment import (
     latest_policy_checkpoint,
     load_network,
 )
-from instaqnas.training.report import choice_name
 from instaqnas.training.rivals import Rivals
 from instaqnas.training.run_dir import best_checkpoint
 from instaqnas.training.survey import survey
@@ -42,10 +43,10 @@ RANDOM_ORDERS = 5
 
 
 @dataclass(frozen=True)
-class UniformDetector:
-    """One of the two: its choice, checkpoint, mAP (11 points, 0 to 1) and GBitOps."""
+class FixedDetector:
+    """One of the two: its bits such as w3a4 at every position, checkpoint, mAP (11 points, 0 to 1) and GBitOps."""
 
-    choice: str
+    configuration: list[str]
     checkpoint: str
     map_11pt: float
     gbitops: float
@@ -60,8 +61,8 @@ class Headroom:
     """
 
     split: str
-    cheap: UniformDetector
-    dear: UniformDetector
+    cheap: FixedDetector
+    dear: FixedDetector
     gbitops: list[float]
     map_11pt: dict[str, list[float]]
 
@@ -108,15 +109,25 @@ def largest_first(values: np.ndarray) -> np.ndarray:
     return np.argsort(-values, kind="stable")
 
 
-def measured_headroom(rivals: Rivals, split: str) -> Headroom:
-    """Runs a run's detectors of the cheapest and the dearest uniform choice on a split, and mixes what they found.
+def measured_headroom(rivals: Rivals, split: str, cheap: Path | None = None, dear: Path | None = None) -> Headroom:
+    """Runs two detectors on a split, and mixes what they found.
 
-    Raises: InputError as `row_source` and `load_network`, and if there is no such split.
+    Args:
+        cheap, dear: checkpoints of `finetune.py --bits`; None is the run's row of the cheapest, or dearest, uniform
+            choice.
+
+    Raises: InputError as `row_source` and `load_network`, if there is no such split, or the dear one is no dearer.
     """
     experiment = rivals.experiment
     loader = experiment.loader_of(split)
-    choices = uniform_ends(detector_costs(experiment.quantized_detector()))
-    (cheap, of_cheap), (dear, of_dear) = (_measured_uniform(rivals, choice, loader) for choice in choices)
+    low, high = uniform_ends(detector_costs(experiment.quantized_detector()))
+    cheap, of_cheap = _measured(rivals, loader, *_configured(rivals, cheap, low))
+    dear, of_dear = _measured(rivals, loader, *_configured(rivals, dear, high))
+    if dear.gbitops <= cheap.gbitops:
+        raise InputError(
+            f"{dear.checkpoint}: costs {dear.gbitops:.4g} GBitOps, not more than {cheap.checkpoint} with its "
+            f"{cheap.gbitops:.4g}"
+        )
     found = {name: [order] for name, order in orders(of_cheap, of_dear).items()}
     if any(best_checkpoint(rivals.command.run, stage).exists() for stage in POLICY_STAGES):
         found["by what the policy spends"] = [largest_first(expected_gbitops(rivals, loader))]
@@ -137,15 +148,27 @@ def measured_headroom(rivals: Rivals, split: str) -> Headroom:
     )
 
 
-def _measured_uniform(rivals: Rivals, choice: int, loader: DetectionLoader) -> tuple[UniformDetector, list[Measured]]:
-    """The detector with one choice at all positions, and what it makes of the images."""
+def _configured(rivals: Rivals, checkpoint: Path | None, choice: int) -> tuple[Path, list[int]]:
+    """A checkpoint and the configuration that it was trained for; of `choice` at all positions for None."""
+    names = rivals.names(range(len(rivals.experiment.config.bits.choices)))
+    if checkpoint is None:
+        return row_source(rivals, f"uniform:{names[choice]}"), rivals.configuration(f"uniform:{names[choice]}")
+    trained = load_checkpoint(checkpoint).get("configuration") or []
+    if not trained or not set(trained) <= set(names):
+        raise InputError(f"{checkpoint}: not of finetune.py --bits under these bits.choices")
+    return checkpoint, [names.index(name) for name in trained]
+
+
+def _measured(
+    rivals: Rivals, loader: DetectionLoader, source: Path, configuration: list[int]
+) -> tuple[FixedDetector, list[Measured]]:
+    """The detector of a checkpoint under a configuration, and what it makes of the images."""
     experiment, detector = rivals.experiment, rivals.experiment.quantized_detector()
-    name = choice_name(detector.choices[choice])
-    source = row_source(rivals, f"uniform:{name}")
     load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
-    measured = experiment.measure(detector, loader, experiment.choose_fixed(detector, choice), "loss")
-    gbitops = detector_costs(detector).gbitops(torch.full((1, len(detector.positions)), choice)).item()
-    return UniformDetector(name, str(source), map_11pt(measured, experiment.class_names), gbitops), measured
+    measured = experiment.measure(detector, loader, fixed(configuration), "loss")
+    gbitops = detector_costs(detector).gbitops(torch.tensor([configuration])).item()
+    quality = map_11pt(measured, experiment.class_names)
+    return FixedDetector(rivals.names(configuration), str(source), quality, gbitops), measured
 
 
 def uniform_ends(costs: CostTable) -> tuple[int, int]:
@@ -174,8 +197,8 @@ def format_table(found: Headroom) -> str:
     lines = [f"on the {found.split} split"]
     for name, detector in (("cheap", found.cheap), ("dear", found.dear)):
         lines.append(
-            f"{name}: {detector.choice}, mAP (11 points) {100 * detector.map_11pt:.2f} at {detector.gbitops:.4f} "
-            f"GBitOps ({detector.checkpoint})"
+            f"{name}: {' '.join(_shortened(detector.configuration))}, mAP (11 points) {100 * detector.map_11pt:.2f} at "
+            f"{detector.gbitops:.4f} GBitOps ({detector.checkpoint})"
         )
     lines += ["", f"{'images to the dear one':<30}" + "".join(f"{share:>10.0%}" for share in SHARES)]
     lines.append(f"{'GBitOps':<30}" + "".join(f"{gbitops:>10.4f}" for gbitops in found.gbitops))
@@ -184,15 +207,27 @@ def format_table(found: Headroom) -> str:
     return "\n".join(lines)
 
 
+def _shortened(configuration: Sequence[str]) -> Sequence[str]:
+    """One name where all positions have the same."""
+    return configuration if len(set(configuration)) > 1 else configuration[:1]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Prints what the command line asks for."""
     parser = run_parser(
         "headroom",
-        "Measure what choosing per image could bring at most: two detectors under one uniform bit choice each, the "
-        "cheapest and the dearest, share the images of a split.",
+        "Measure what choosing per image brings where it costs nothing: two detectors, each trained under one fixed "
+        "bit configuration, share the images of a split.",
         "--data.workers 0",
         init=None,
     )
+    for name, end in (("cheap", "cheapest"), ("dear", "dearest")):
+        parser.add_argument(
+            f"--{name}",
+            type=Path,
+            metavar="CHECKPOINT",
+            help=f"of finetune.py --bits (default: the run's row of the {end} uniform choice)",
+        )
     add_split(parser)
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
     options, overrides = parser.parse_known_args(arguments)
@@ -200,7 +235,11 @@ def main(arguments: list[str] | None = None) -> None:
         refuse(overrides, "--bits", "--init")
         command = run_command(options, overrides)
         experiment = Experiment(command.config)
-        found = measured_headroom(Rivals(experiment, command), split_to_measure(options, experiment))
+        for name in ("cheap", "dear"):
+            if (path := getattr(options, name)) is not None and not path.is_file():
+                raise InputError(f"--{name} {path}: no such file")
+        split = split_to_measure(options, experiment)
+        found = measured_headroom(Rivals(experiment, command), split, options.cheap, options.dear)
     print(json.dumps(found.plain(), indent=1) if options.json else format_table(found))
 
 

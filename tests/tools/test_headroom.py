@@ -13,6 +13,7 @@ import yaml
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config import from_plain, to_plain
 from instaqnas.metrics.voc import RecordBatch
+from instaqnas.policy.bit_config import fixed
 from instaqnas.tools.headroom import SHARES, main, map_11pt, mixed, orders
 from instaqnas.training.evaluate import ImageRow, Measured
 from instaqnas.training.experiment import Experiment
@@ -25,6 +26,7 @@ SETTINGS = {
     "policy": {"pool": 4, "width": 4},
     "eval": {"batch_size": 3},
 }
+STATIC = ["w4a4", *["w2a2"] * 11, "w3a3"]
 BOXES = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
 
 
@@ -76,11 +78,13 @@ def folder(make_run: Callable[..., Path]) -> Path:
     folder = make_run(SETTINGS, test_images=8)
     config = from_plain(yaml.safe_load((folder / "tiny.yaml").read_text()))
     experiment = Experiment(config)
-    run_dir = RunDir(folder / "runs" / "tiny", "pretrain_quant", to_plain(config), experiment.class_names)
     detector = network(folder, experiment)
-    state = DetectorTraining.begin(experiment, run_dir, detector, config.pretrain_quant).state
-    state.epoch = config.pretrain_quant.epochs
-    run_dir.save(state.state_dict(), best=False)
+    for stage, configuration in (("pretrain_quant", None), ("finetune_static", STATIC)):
+        run = folder / "runs" / "tiny"
+        run_dir = RunDir(run, stage, to_plain(config), experiment.class_names, configuration=configuration)
+        state = DetectorTraining.begin(experiment, run_dir, detector, config.pretrain_quant).state
+        state.epoch = config.pretrain_quant.epochs
+        run_dir.save(state.state_dict(), best=False)
     return folder
 
 
@@ -103,7 +107,7 @@ def test_figures_are_those_of_one_network_at_each_images_own_bits(folder: Path, 
     assert [line for line in captured.err.splitlines() if line.startswith("note")] == [
         "note: choices and targets that the test split has picked are not to be judged on it"
     ]
-    assert [found[name]["choice"] for name in ("cheap", "dear")] == ["w2a2", "w4a4"]
+    assert [found[name]["configuration"] for name in ("cheap", "dear")] == [["w2a2"] * 13, ["w4a4"] * 13]
     experiment = Experiment(from_plain(yaml.safe_load((folder / "tiny.yaml").read_text())))
     detector, loader = network(folder, experiment), experiment.test_loader()
 
@@ -131,6 +135,43 @@ def test_figures_are_those_of_one_network_at_each_images_own_bits(folder: Path, 
         "by what the policy spends",
         "at random",
     ]
+
+
+def test_a_checkpoint_runs_under_the_bits_that_it_was_trained_for(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    static = folder / "runs" / "tiny" / "finetune_static" / "last.pt"
+    main(words(folder, "--cheap", str(static), "--split", "test", "--json"))
+    found = json.loads(capsys.readouterr().out)
+    assert (found["cheap"]["configuration"], found["cheap"]["checkpoint"]) == (STATIC, str(static))
+    assert found["dear"]["configuration"] == ["w4a4"] * 13
+    experiment = Experiment(from_plain(yaml.safe_load((folder / "tiny.yaml").read_text())))
+    report = experiment.evaluate(network(folder, experiment), experiment.test_loader(), fixed([0, *[1] * 11, 2]))
+    assert found["cheap"]["map_11pt"] == pytest.approx(report.map_11pt)
+    assert found["cheap"]["gbitops"] == pytest.approx(report.gbitops_detector)
+
+
+@pytest.mark.parametrize(
+    ("option", "stage", "message"),
+    [
+        ("--dear", "finetune", "last.pt: not of finetune.py --bits under these bits.choices"),
+        ("--cheap", "finetune_modal", "last.pt: no such file"),
+    ],
+)
+def test_a_checkpoint_that_will_not_do_is_named(
+    folder: Path, capsys: pytest.CaptureFixture, option: str, stage: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(words(folder, option, str(folder / "runs" / "tiny" / stage / "last.pt")))
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_dear_one_has_to_be_dearer(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    static = str(folder / "runs" / "tiny" / "finetune_static" / "last.pt")
+    with pytest.raises(SystemExit) as exit_:
+        main(words(folder, "--cheap", static, "--dear", static))
+    assert exit_.value.code == 2
+    assert f"not more than {static} with its" in capsys.readouterr().err
 
 
 @pytest.mark.slow
