@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,12 @@ def measured_headroom(rivals: Rivals, split: str, cheap: Path | None = None, dea
     """
     experiment = rivals.experiment
     loader = experiment.loader_of(split)
-    low, high = uniform_ends(detector_costs(experiment.quantized_detector()))
-    cheap, of_cheap = _measured(rivals, loader, *_configured(rivals, cheap, low))
-    dear, of_dear = _measured(rivals, loader, *_configured(rivals, dear, high))
-    if dear.gbitops <= cheap.gbitops:
-        raise InputError(
-            f"{dear.checkpoint}: costs {dear.gbitops:.4g} GBitOps, not more than {cheap.checkpoint} with its "
-            f"{cheap.gbitops:.4g}"
-        )
+    costs = detector_costs(experiment.quantized_detector())
+    sources, configurations = zip(*map(partial(_configured, rivals), (cheap, dear), uniform_ends(costs)), strict=True)
+    low, high = costs.gbitops(torch.tensor(configurations)).tolist()
+    if high <= low:
+        raise InputError(f"{sources[1]}: costs {high:.4g} GBitOps, not more than {sources[0]} with its {low:.4g}")
+    of_cheap, of_dear = map(partial(_measured, experiment, loader), sources, configurations)
     found = {name: [order] for name, order in orders(of_cheap, of_dear).items()}
     if any(best_checkpoint(rivals.command.run, stage).exists() for stage in POLICY_STAGES):
         found["by what the policy spends"] = [largest_first(expected_gbitops(rivals, loader))]
@@ -139,12 +138,13 @@ def measured_headroom(rivals: Rivals, split: str, cheap: Path | None = None, dea
         maps = [map_11pt(mixed(of_cheap, of_dear, order[:count]), experiment.class_names) for order in some]
         return sum(maps) / len(maps)
 
+    maps = [map_11pt(measured, experiment.class_names) for measured in (of_cheap, of_dear)]
+    names = map(rivals.names, configurations)
     return Headroom(
         split,
-        cheap,
-        dear,
-        [cheap.gbitops + count / images * (dear.gbitops - cheap.gbitops) for count in counts],
-        {name: [mean_map(some, count) for count in counts] for name, some in found.items()},
+        *map(FixedDetector, names, map(str, sources), maps, (low, high)),
+        gbitops=[low + count / images * (high - low) for count in counts],
+        map_11pt={name: [mean_map(some, count) for count in counts] for name, some in found.items()},
     )
 
 
@@ -160,15 +160,12 @@ def _configured(rivals: Rivals, checkpoint: Path | None, choice: int) -> tuple[P
 
 
 def _measured(
-    rivals: Rivals, loader: DetectionLoader, source: Path, configuration: list[int]
-) -> tuple[FixedDetector, list[Measured]]:
-    """The detector of a checkpoint under a configuration, and what it makes of the images."""
-    experiment, detector = rivals.experiment, rivals.experiment.quantized_detector()
+    experiment: Experiment, loader: DetectionLoader, source: Path, configuration: list[int]
+) -> list[Measured]:
+    """What the detector of a checkpoint makes of the images under a configuration."""
+    detector = experiment.quantized_detector()
     load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
-    measured = experiment.measure(detector, loader, fixed(configuration), "loss")
-    gbitops = detector_costs(detector).gbitops(torch.tensor([configuration])).item()
-    quality = map_11pt(measured, experiment.class_names)
-    return FixedDetector(rivals.names(configuration), str(source), quality, gbitops), measured
+    return experiment.measure(detector, loader, fixed(configuration), "loss")
 
 
 def uniform_ends(costs: CostTable) -> tuple[int, int]:
