@@ -14,9 +14,9 @@ from instaqnas.training.experiment import Experiment
 def run_parser(
     tool: str, description: str, example: str, *, init: str | None = "the run's latest stage"
 ) -> argparse.ArgumentParser:
-    """A parser with --config, --run and, instead of the checkpoint `init`, --init, or without it for None.
+    """A parser with --config, --run and --init; `example` is a setting that may be overridden beside them.
 
-    `example` is a setting that may be overridden beside them.
+    `init` names the checkpoint that --init replaces; None leaves that option out.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m instaqnas.tools.{tool}",
@@ -42,9 +42,7 @@ def split_to_measure(options: argparse.Namespace, experiment: Experiment) -> str
     if split == data.test_split:
         sys.stderr.write(f"note: choices and targets that the {split} split has picked are not to be judged on it\n")
     if split == data.train_split:
-        sys.stderr.write(
-            f"note: the network was trained on the {split} split; its mAP there is higher than on others\n"
-        )
+        sys.stderr.write(f"note: training has seen the {split} split; mAP is higher there than on others\n")
     return split
 
 

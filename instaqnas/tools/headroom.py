@@ -1,8 +1,7 @@
-"""What choosing per image brings where it costs nothing: `python -m instaqnas.tools.headroom --config FILE --run NAME`.
+"""What choosing bits per image could bring: `python -m instaqnas.tools.headroom --config FILE --run runs/NAME`.
 
 Two detectors, each trained under one fixed bit configuration, share the images of a split: some go to the dear one, the
-others to the cheap one. Neither is held back by having to serve other bits, and which images are hard is known. What
-that brings beyond a fixed configuration of the same cost is what a policy between these two can hope for.
+others to the cheap one. Neither is held back by having to serve other bits, and which images are hard is known.
 """
 
 from __future__ import annotations
@@ -10,16 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.data.loader import DetectionLoader
-from instaqnas.detector.ssd import detector_costs
+from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.metrics.voc import voc_map
 from instaqnas.policy.bit_config import fixed
@@ -28,16 +26,10 @@ from instaqnas.seeds import generator
 from instaqnas.tools.arguments import add_split, refuse, run_command, run_parser, split_to_measure
 from instaqnas.training.comparison import row_source
 from instaqnas.training.evaluate import Measured, records_of
-from instaqnas.training.experiment import (
-    POLICY_STAGES,
-    QUANTIZED_STAGES,
-    Experiment,
-    latest_policy_checkpoint,
-    load_network,
-)
-from instaqnas.training.rivals import Rivals
+from instaqnas.training.experiment import Experiment, has_policy, load_network
+from instaqnas.training.report import choice_name
+from instaqnas.training.rivals import Rivals, fixed_stage
 from instaqnas.training.run_dir import best_checkpoint
-from instaqnas.training.survey import survey
 
 SHARES = (0.25, 0.5, 0.75)  # of the images, to the dear detector
 RANDOM_ORDERS = 5
@@ -45,7 +37,7 @@ RANDOM_ORDERS = 5
 
 @dataclass(frozen=True)
 class FixedDetector:
-    """One of the two: its bits such as w3a4 at every position, checkpoint, mAP (11 points, 0 to 1) and GBitOps."""
+    """One of the two: the bits of each position, such as w3a4, checkpoint, mAP (11 points, 0 to 1) and GBitOps."""
 
     configuration: list[str]
     checkpoint: str
@@ -58,7 +50,8 @@ class Headroom:
     """What was measured on a split.
 
     gbitops: means over the images for each of `SHARES`; what choosing costs is not in them.
-    map_11pt: for each way to order the images, mAP with the first of them at the dear detector, for each of `SHARES`.
+    map_11pt: for each way to order the images, mAP with the first of them at the dear detector, for each of `SHARES`;
+        at random, the mean over `RANDOM_ORDERS`.
     """
 
     split: str
@@ -72,16 +65,29 @@ class Headroom:
         return {"shares": SHARES, **asdict(self)}
 
 
+class _Trained(NamedTuple):
+    """A detector, and the configuration that it was trained under."""
+
+    source: Path
+    configuration: list[int]
+    network: SwitchableSSD
+
+    @property
+    def gbitops(self) -> float:
+        return detector_costs(self.network).gbitops(torch.tensor([self.configuration])).item()
+
+
 def mixed(cheap: Sequence[Measured], dear: Sequence[Measured], to_dear: Iterable[int]) -> list[Measured]:
     """The images of a split as the dear detector has measured those of the indices `to_dear`, and the cheap the rest.
 
     Both have measured the same batches.
     """
     chosen = set(map(int, to_dear))
-    return [
-        Measured.of([b if b.index in chosen else a for a, b in zip(x.images(), y.images(), strict=True)])
-        for x, y in zip(cheap, dear, strict=True)
-    ]
+    batches = []
+    for pair in zip(cheap, dear, strict=True):
+        both = zip(*(batch.images() for batch in pair), strict=True)
+        batches.append(Measured.of([of_dear if of_dear.index in chosen else of_cheap for of_cheap, of_dear in both]))
+    return batches
 
 
 def map_11pt(batches: Sequence[Measured], class_names: Sequence[str]) -> float:
@@ -92,8 +98,8 @@ def map_11pt(batches: Sequence[Measured], class_names: Sequence[str]) -> float:
 def orders(cheap: Sequence[Measured], dear: Sequence[Measured]) -> dict[str, np.ndarray]:
     """Ways to order the N images of a split, those that are to have more bits first: indices [N] for each.
 
-    The quality that was measured is the negative loss. The order by the loss that more bits save needs both detectors
-    and the true objects: no policy can know it.
+    The quality that was measured is the negative loss, a sum over the objects of an image. No policy knows the orders
+    by loss. That by the loss saved also finds what differs by chance between two trainings.
     """
     rows = [row for batch in cheap for row in batch.rows]
     losses = [np.array([-row.quality for batch in batches for row in batch.rows]) for batches in (cheap, dear)]
@@ -114,58 +120,59 @@ def measured_headroom(rivals: Rivals, split: str, cheap: Path | None = None, dea
     """Runs two detectors on a split, and mixes what they found.
 
     Args:
-        cheap, dear: checkpoints of `finetune.py --bits`; None is the run's row of the cheapest, or dearest, uniform
-            choice.
+        cheap, dear: checkpoints of `finetune.py --bits`; None is what the run has trained under the cheapest, or
+            dearest, uniform choice.
 
-    Raises: InputError as `row_source` and `load_network`, if there is no such split, or the dear one is no dearer.
+    Raises: InputError if there is no such checkpoint or split, or the dear detector is no dearer.
     """
     experiment = rivals.experiment
     loader = experiment.loader_of(split)
-    costs = detector_costs(experiment.quantized_detector())
-    sources, configurations = zip(*map(partial(_configured, rivals), (cheap, dear), uniform_ends(costs)), strict=True)
-    low, high = costs.gbitops(torch.tensor(configurations)).tolist()
+    cheapest, dearest = uniform_ends(detector_costs(experiment.quantized_detector()))
+    ends = _trained(rivals, "cheap", cheap, cheapest), _trained(rivals, "dear", dear, dearest)
+    low, high = (end.gbitops for end in ends)
     if high <= low:
-        raise InputError(f"{sources[1]}: costs {high:.4g} GBitOps, not more than {sources[0]} with its {low:.4g}")
-    of_cheap, of_dear = map(partial(_measured, experiment, loader), sources, configurations)
-    found = {name: [order] for name, order in orders(of_cheap, of_dear).items()}
-    if any(best_checkpoint(rivals.command.run, stage).exists() for stage in POLICY_STAGES):
-        found["by what the policy spends"] = [largest_first(expected_gbitops(rivals, loader))]
-    images, generated = len(loader.dataset), generator(experiment.config.seed, "headroom")
-    found["at random"] = [torch.randperm(images, generator=generated).numpy() for _ in range(RANDOM_ORDERS)]
+        raise InputError(
+            f"{ends[1].source}: costs {high:.4g} GBitOps, not more than {ends[0].source} with its {low:.4g}"
+        )
+    by_policy = {}
+    if has_policy(rivals.command.run):
+        by_policy = {"by what the policy spends": largest_first(expected_gbitops(rivals, loader))}
+    measured = [experiment.measure(end.network, loader, fixed(end.configuration), "loss") for end in ends]
+
+    images, names = len(loader.dataset), experiment.class_names
     counts = [round(share * images) for share in SHARES]
 
-    def mean_map(some: Sequence[np.ndarray], count: int) -> float:
-        maps = [map_11pt(mixed(of_cheap, of_dear, order[:count]), experiment.class_names) for order in some]
-        return sum(maps) / len(maps)
+    def maps_of(order: np.ndarray) -> list[float]:
+        return [map_11pt(mixed(*measured, order[:count]), names) for count in counts]
 
-    maps = [map_11pt(measured, experiment.class_names) for measured in (of_cheap, of_dear)]
-    names = map(rivals.names, configurations)
-    return Headroom(
-        split,
-        *map(FixedDetector, names, map(str, sources), maps, (low, high)),
-        gbitops=[low + count / images * (high - low) for count in counts],
-        map_11pt={name: [mean_map(some, count) for count in counts] for name, some in found.items()},
+    maps = {name: maps_of(order) for name, order in {**orders(*measured), **by_policy}.items()}
+    random_orders = generator(experiment.config.seed, "headroom")
+    drawn = [maps_of(torch.randperm(images, generator=random_orders).numpy()) for _ in range(RANDOM_ORDERS)]
+    maps["at random"] = np.mean(drawn, axis=0).tolist()
+    cheap_figures, dear_figures = (
+        FixedDetector(rivals.names(end.configuration), str(end.source), map_11pt(found, names), end.gbitops)
+        for end, found in zip(ends, measured, strict=True)
     )
+    gbitops = [low + count / images * (high - low) for count in counts]
+    return Headroom(split, cheap_figures, dear_figures, gbitops, maps)
 
 
-def _configured(rivals: Rivals, checkpoint: Path | None, choice: int) -> tuple[Path, list[int]]:
-    """A checkpoint and the configuration that it was trained for; of `choice` at all positions for None."""
-    names = rivals.names(range(len(rivals.experiment.config.bits.choices)))
+def _trained(rivals: Rivals, option: str, checkpoint: Path | None, choice: int) -> _Trained:
+    """The detector of a checkpoint, or for None the run's that was trained with `choice` at all positions."""
+    experiment, choices = rivals.experiment, rivals.experiment.config.bits.choices
     if checkpoint is None:
-        return row_source(rivals, f"uniform:{names[choice]}"), rivals.configuration(f"uniform:{names[choice]}")
-    trained = load_checkpoint(checkpoint).get("configuration") or []
-    if not trained or not set(trained) <= set(names):
-        raise InputError(f"{checkpoint}: not of finetune.py --bits under these bits.choices")
-    return checkpoint, [names.index(name) for name in trained]
-
-
-def _measured(
-    experiment: Experiment, loader: DetectionLoader, source: Path, configuration: list[int]
-) -> list[Measured]:
-    """What the detector of a checkpoint makes of the images under a configuration."""
+        bits = f"uniform:{choice_name(choices[choice])}"
+        if not best_checkpoint(rivals.command.run, fixed_stage(bits)).exists():
+            raise InputError(
+                f"{rivals.command.run}: no detector trained under {bits}; run finetune.py --bits {bits} first, or name "
+                f"a checkpoint with --{option}"
+            )
+        checkpoint = row_source(rivals, bits)
     detector = experiment.quantized_detector()
-    load_network(experiment, detector, "detector", source, stages=QUANTIZED_STAGES)
-    return experiment.measure(detector, loader, fixed(configuration), "loss")
+    load_network(experiment, detector, "detector", checkpoint, stages=("finetune_fixed",))
+    names = [choice_name(choice) for choice in choices]
+    configuration = [names.index(name) for name in load_checkpoint(checkpoint)["configuration"]]
+    return _Trained(checkpoint, configuration, detector)
 
 
 def uniform_ends(costs: CostTable) -> tuple[int, int]:
@@ -182,11 +189,8 @@ def uniform_ends(costs: CostTable) -> tuple[int, int]:
 
 def expected_gbitops(rivals: Rivals, loader: DetectionLoader) -> np.ndarray:
     """GBitOps [N] that the probabilities of the run's policy come to for each image, up to a constant."""
-    experiment, detector = rivals.experiment, rivals.experiment.adaptive_detector().eval()
-    source = latest_policy_checkpoint(rivals.command)
-    load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
-    logits = survey(rivals.policy, detector, loader, experiment.device).logits
-    return (logits.double().softmax(-1) * detector_costs(detector).gbitops_table()).sum((1, 2)).numpy()
+    probabilities = rivals.survey(loader).logits.double().softmax(-1)
+    return (probabilities * detector_costs(rivals.experiment.quantized_detector()).gbitops_table()).sum((1, 2)).numpy()
 
 
 def format_table(found: Headroom) -> str:
@@ -213,8 +217,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints what the command line asks for."""
     parser = run_parser(
         "headroom",
-        "Measure what choosing per image brings where it costs nothing: two detectors, each trained under one fixed "
-        "bit configuration, share the images of a split.",
+        "Measure what choosing bits per image could bring: two detectors, each trained under one fixed bit "
+        "configuration, share the images of a split.",
         "--data.workers 0",
         init=None,
     )
@@ -223,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"--{name}",
             type=Path,
             metavar="CHECKPOINT",
-            help=f"of finetune.py --bits (default: the run's row of the {end} uniform choice)",
+            help=f"of finetune.py --bits (default: the run's under the {end} uniform choice)",
         )
     add_split(parser)
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
@@ -232,9 +236,6 @@ def main(arguments: list[str] | None = None) -> None:
         refuse(overrides, "--bits", "--init")
         command = run_command(options, overrides)
         experiment = Experiment(command.config)
-        for name in ("cheap", "dear"):
-            if (path := getattr(options, name)) is not None and not path.is_file():
-                raise InputError(f"--{name} {path}: no such file")
         split = split_to_measure(options, experiment)
         found = measured_headroom(Rivals(experiment, command), split, options.cheap, options.dear)
     print(json.dumps(found.plain(), indent=1) if options.json else format_table(found))

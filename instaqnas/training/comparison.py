@@ -27,6 +27,7 @@ from instaqnas.training.experiment import (
     QUANTIZED_STAGES,
     Experiment,
     finished_checkpoint,
+    has_policy,
     latest_policy_checkpoint,
     load_network,
     pretrained_checkpoint,
@@ -48,7 +49,7 @@ def row_names(command: Command) -> list[str]:
     else:
         log.info("note: no row fp32, %s has no full-precision training", command.run)
     of_policy = ["policy"] if command.bits == "basic" else ["shuffled", "frequencies", "modal", "static", "policy"]
-    if any(best_checkpoint(command.run, stage).exists() for stage in POLICY_STAGES):
+    if has_policy(command.run):
         names += of_policy
     else:
         log.info("note: no policy (%s): %s has no search", ", ".join(of_policy), command.run)

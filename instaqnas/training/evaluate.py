@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import starmap, zip_longest
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
@@ -91,7 +91,8 @@ class Measured(NamedTuple):
 
     def images(self) -> list[MeasuredImage]:
         """Its images one by one, their tensors padded as they were."""
-        return list(map(MeasuredImage, self.indices, self.rows, zip(*self.records, strict=True)))
+        records = zip(*self.records, strict=True)
+        return list(starmap(MeasuredImage, zip(self.indices, self.rows, records, strict=True)))
 
 
 def detections_of(detector: SwitchableSSD, output: SSDOutput, settings: EvalConfig) -> Detections:

@@ -345,6 +345,11 @@ def pretrained_checkpoint(command: Command) -> Path:
     return finished_checkpoint(command.run, "pretrain_quant", command.config.pretrain_quant, "pretrain.py")
 
 
+def has_policy(run: Path) -> bool:
+    """Whether a run has a checkpoint with a policy."""
+    return any(best_checkpoint(run, stage).exists() for stage in POLICY_STAGES)
+
+
 def latest_policy_checkpoint(command: Command) -> Path:
     """The checkpoint of the finetuning, of the search if that has not begun.
 

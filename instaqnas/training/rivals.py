@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from instaqnas.config import Command, Config
+from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import detector_costs, position_count
 from instaqnas.errors import InputError
 from instaqnas.policy.diagnostics import choice_frequencies, modal_configuration
@@ -37,7 +38,7 @@ from instaqnas.training.report import choice_name
 from instaqnas.training.run_dir import file_digest, kind_of, write_text
 from instaqnas.training.sensitivity import MeanLoss, Sensitivity, mean_loss_on, measured_sensitivity
 from instaqnas.training.static_search import Candidate, best_within
-from instaqnas.training.survey import survey
+from instaqnas.training.survey import Survey, survey
 
 # The sections whose epochs a detector was trained for after pretraining, by the kind of its stage.
 FURTHER_SECTIONS = {"search": ("search",), "finetune": ("search", "finetune"), "finetune_fixed": ("finetune",)}
@@ -134,17 +135,21 @@ class Rivals:
     @cached_property
     def habits(self) -> Habits:
         """What the policy does with `Experiment.tuning_split`."""
-        experiment, detector = self.experiment, self.experiment.adaptive_detector().eval()
-        source = latest_policy_checkpoint(self.command)
-        load_network(experiment, detector, "detector", source, stages=POLICY_STAGES)
-        found = survey(self.policy, detector, experiment.tuning_loader(), experiment.device)
-        choices = found.logits.argmax(-1)
+        detector = self.experiment.adaptive_detector()
+        choices = self.survey(self.experiment.tuning_loader()).logits.argmax(-1)
         return Habits(
             choices,
             choice_frequencies(choices, len(detector.choices)),
             modal_configuration(choices).tolist(),
             detector_costs(detector).gbitops(choices).mean().item() + policy_gbitops(self.policy, detector.image_size),
         )
+
+    def survey(self, loader: DetectionLoader) -> Survey:
+        """What the policy makes of the images of a split, in their order."""
+        detector = self.experiment.adaptive_detector().eval()
+        source = latest_policy_checkpoint(self.command)
+        load_network(self.experiment, detector, "detector", source, stages=POLICY_STAGES)
+        return survey(self.policy, detector, loader, self.experiment.device)
 
     def _static(self) -> list[int]:
         """That of static.json if it was found for this policy and network; else it is searched for."""

@@ -125,7 +125,7 @@ def test_tables_have_a_line_for_every_choice_and_position_and_end_with_the_cliff
 ) -> None:
     main(words(folder))
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[0].startswith("note: the network was trained on the train split")
+    assert captured.err.splitlines()[0].startswith("note: training has seen the train split")
     lines = [line for line in captured.out.splitlines() if line]
     assert lines[0].endswith("finetune/last.pt on the train split")
     assert [line.split()[0] for line in lines[2:5]] == ["w2a2", "w3a3", "w4a4"]  # by cost

@@ -1,9 +1,9 @@
-"""Images shared by two detectors: against hand-made detections, and against one network at each image's own bits."""
+"""Images shared by two detectors: against hand-made detections, and against each image run alone on its detector."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,12 @@ import yaml
 
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config import from_plain, to_plain
-from instaqnas.metrics.voc import RecordBatch
+from instaqnas.detector.ssd import SwitchableSSD, detector_costs
+from instaqnas.metrics.voc import DetectionRecords, RecordBatch, voc_map
 from instaqnas.policy.bit_config import fixed
-from instaqnas.tools.headroom import SHARES, main, map_11pt, mixed, orders
-from instaqnas.training.evaluate import ImageRow, Measured
+from instaqnas.seeds import generator
+from instaqnas.tools.headroom import main, map_11pt, mixed, orders
+from instaqnas.training.evaluate import ImageRow, Measured, detect
 from instaqnas.training.experiment import Experiment
 from instaqnas.training.run_dir import RunDir
 from instaqnas.training.stages import DetectorTraining
@@ -27,6 +29,7 @@ SETTINGS = {
     "eval": {"batch_size": 3},
 }
 STATIC = ["w4a4", *["w2a2"] * 11, "w3a3"]
+STAGES = {"finetune_uniform_w2a2": ["w2a2"] * 13, "finetune_uniform_w4a4": ["w4a4"] * 13, "finetune_static": STATIC}
 BOXES = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
 
 
@@ -74,23 +77,25 @@ def test_a_data_set_without_difficulties_has_no_such_order() -> None:
 
 @pytest.fixture(scope="module")
 def folder(make_run: Callable[..., Path]) -> Path:
-    """Holds `tiny.yaml` and `runs/tiny`, pretrained and finetuned as far as the files tell, both of one network."""
+    """Holds `tiny.yaml` and `runs/tiny`, with a policy, and detectors of other weights for each fixed configuration."""
     folder = make_run(SETTINGS, test_images=8)
     config = from_plain(yaml.safe_load((folder / "tiny.yaml").read_text()))
-    experiment = Experiment(config)
-    detector = network(folder, experiment)
-    for stage, configuration in (("pretrain_quant", None), ("finetune_static", STATIC)):
-        run = folder / "runs" / "tiny"
+    experiment, run = Experiment(config), folder / "runs" / "tiny"
+    for number, (stage, configuration) in enumerate(STAGES.items()):
+        detector = network(folder, experiment, "finetune")
+        noise = generator(number)
+        for head in detector.class_heads:
+            head.weight.data += 0.5 * head.weight.std() * torch.randn(head.weight.shape, generator=noise)
         run_dir = RunDir(run, stage, to_plain(config), experiment.class_names, configuration=configuration)
-        state = DetectorTraining.begin(experiment, run_dir, detector, config.pretrain_quant).state
-        state.epoch = config.pretrain_quant.epochs
+        state = DetectorTraining.begin(experiment, run_dir, detector, config.finetune).state
+        state.epoch = config.search.epochs + config.finetune.epochs
         run_dir.save(state.state_dict(), best=False)
     return folder
 
 
-def network(folder: Path, experiment: Experiment) -> torch.nn.Module:
+def network(folder: Path, experiment: Experiment, stage: str) -> SwitchableSSD:
     detector = experiment.quantized_detector()
-    state = load_checkpoint(folder / "runs" / "tiny" / "finetune" / "last.pt")
+    state = load_checkpoint(folder / "runs" / "tiny" / stage / "last.pt")
     detector.load_state_dict(state["networks"]["detector"])
     return detector.eval()
 
@@ -100,7 +105,7 @@ def words(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_figures_are_those_of_one_network_at_each_images_own_bits(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_figures_are_those_of_each_image_run_alone_on_its_detector(folder: Path, capsys: pytest.CaptureFixture) -> None:
     main(words(folder, "--split", "test", "--json"))
     captured = capsys.readouterr()
     found = json.loads(captured.out)
@@ -109,24 +114,51 @@ def test_figures_are_those_of_one_network_at_each_images_own_bits(folder: Path, 
     ]
     assert [found[name]["configuration"] for name in ("cheap", "dear")] == [["w2a2"] * 13, ["w4a4"] * 13]
     experiment = Experiment(from_plain(yaml.safe_load((folder / "tiny.yaml").read_text())))
-    detector, loader = network(folder, experiment), experiment.test_loader()
+    images = [one for batch in experiment.test_loader() for one in batch.split(len(batch.images))]
+    stages = [(network(folder, experiment, f"finetune_uniform_{name}"), k) for name, k in (("w2a2", 1), ("w4a4", 0))]
 
-    def report(dear_images: list[int]) -> tuple[float, float]:
-        def choose(seen: torch.Tensor, keys: list) -> torch.Tensor:
-            return torch.tensor([[0 if key.index in dear_images else 1] * 13 for key in keys])
+    def expected_map(dear_images: Sequence[int]) -> float:
+        records = DetectionRecords()
+        for index, one in enumerate(images):
+            detector, choice = stages[index in dear_images]
+            got = detect(detector, one.images, torch.full((1, 13), choice), experiment.config.eval)
+            truth = one.boxes_xyxy, one.labels, one.difficult
+            records.add(one.image_ids, got.boxes_xyxy, got.scores, got.labels, *truth)
+        return voc_map(records, experiment.class_names).map_11pt
 
-        measured = experiment.evaluate(detector, loader, choose)
-        return measured.map_11pt, measured.gbitops_detector
+    def expected(order: Sequence[int]) -> list[float]:
+        return [expected_map(order[:count]) for count in (2, 4, 6)]
 
-    assert (found["cheap"]["map_11pt"], found["cheap"]["gbitops"]) == pytest.approx(report([]))
-    assert (found["dear"]["map_11pt"], found["dear"]["gbitops"]) == pytest.approx(report(list(range(8))))
-    objects = torch.cat([one.objects for one in loader]).tolist()
-    order = sorted(range(8), key=lambda index: -objects[index])
+    def most(values: list[float]) -> list[int]:
+        return sorted(range(8), key=lambda index: -values[index])
+
+    costs = detector_costs(stages[0][0])
+    cheap, dear = (costs.gbitops(torch.full((1, 13), choice)).item() for _, choice in stages)
+    assert [found[name]["gbitops"] for name in ("cheap", "dear")] == pytest.approx([cheap, dear])
+    assert found["gbitops"] == pytest.approx([(3 * cheap + dear) / 4, (cheap + dear) / 2, (cheap + 3 * dear) / 4])
+    assert found["cheap"]["map_11pt"] == pytest.approx(expected_map([]))
+    assert found["dear"]["map_11pt"] == pytest.approx(expected_map(range(8)))
+
+    objects = [one.objects.item() for one in images]
     assert len(set(objects)) > 2
-    expected = [report(order[: int(8 * share)]) for share in SHARES]
-    assert found["map_11pt"]["by objects"] == pytest.approx([row[0] for row in expected])
-    assert found["gbitops"] == pytest.approx([row[1] for row in expected])
-    assert len({found["cheap"]["map_11pt"], found["dear"]["map_11pt"], *found["map_11pt"]["by objects"]}) > 2
+    policy = experiment.policy()
+    policy.load_state_dict(load_checkpoint(folder / "runs" / "tiny" / "finetune" / "last.pt")["networks"]["policy"])
+    policy.eval()
+    spent = []
+    for one in images:
+        with torch.no_grad():
+            probabilities = policy(one.images)[0].softmax(-1)
+        table = costs.gbitops_table()
+        spent.append(sum(probabilities[p, k].item() * table[p, k].item() for p in range(13) for k in range(3)))
+    assert len(set(spent)) == 8
+    draws = generator(0, "headroom")
+    random_maps = [expected(torch.randperm(8, generator=draws).tolist()) for _ in range(5)]
+    wanted = {
+        "by objects": expected(most(objects)),
+        "by difficulty": expected(most([a.difficulty for a in experiment.test_loader().dataset.annotations])),
+        "by what the policy spends": expected(most(spent)),
+        "at random": [sum(values) / 5 for values in zip(*random_maps, strict=True)],
+    }
     assert list(found["map_11pt"]) == [
         "by objects",
         "by difficulty",
@@ -135,6 +167,9 @@ def test_figures_are_those_of_one_network_at_each_images_own_bits(folder: Path, 
         "by what the policy spends",
         "at random",
     ]
+    for name, values in wanted.items():
+        assert found["map_11pt"][name] == pytest.approx(values), name
+    assert len({tuple(values) for values in wanted.values()}) > 2
 
 
 def test_a_checkpoint_runs_under_the_bits_that_it_was_trained_for(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -144,7 +179,8 @@ def test_a_checkpoint_runs_under_the_bits_that_it_was_trained_for(folder: Path, 
     assert (found["cheap"]["configuration"], found["cheap"]["checkpoint"]) == (STATIC, str(static))
     assert found["dear"]["configuration"] == ["w4a4"] * 13
     experiment = Experiment(from_plain(yaml.safe_load((folder / "tiny.yaml").read_text())))
-    report = experiment.evaluate(network(folder, experiment), experiment.test_loader(), fixed([0, *[1] * 11, 2]))
+    detector = network(folder, experiment, "finetune_static")
+    report = experiment.evaluate(detector, experiment.test_loader(), fixed([0, *[1] * 11, 2]))
     assert found["cheap"]["map_11pt"] == pytest.approx(report.map_11pt)
     assert found["cheap"]["gbitops"] == pytest.approx(report.gbitops_detector)
 
@@ -152,8 +188,8 @@ def test_a_checkpoint_runs_under_the_bits_that_it_was_trained_for(folder: Path, 
 @pytest.mark.parametrize(
     ("option", "stage", "message"),
     [
-        ("--dear", "finetune", "last.pt: not of finetune.py --bits under these bits.choices"),
-        ("--cheap", "finetune_modal", "last.pt: no such file"),
+        ("--dear", "finetune", "last.pt: a checkpoint of stage finetune; needed here: finetune_fixed"),
+        ("--cheap", "finetune_modal", "last.pt: no such checkpoint"),
     ],
 )
 def test_a_checkpoint_that_will_not_do_is_named(
@@ -163,6 +199,14 @@ def test_a_checkpoint_that_will_not_do_is_named(
         main(words(folder, option, str(folder / "runs" / "tiny" / stage / "last.pt")))
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_positions_is_refused(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    static = str(folder / "runs" / "tiny" / "finetune_static" / "last.pt")
+    with pytest.raises(SystemExit) as exit_:
+        main(words(folder, "--cheap", static, "--dear", static, "--bits.positions=backbone"))
+    assert exit_.value.code == 2
+    assert "last.pt: trained with other settings: bits.positions" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -178,7 +222,7 @@ def test_the_dear_one_has_to_be_dearer(folder: Path, capsys: pytest.CaptureFixtu
 def test_the_table_has_a_line_for_every_order(folder: Path, capsys: pytest.CaptureFixture) -> None:
     main(words(folder))
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[0].startswith("note: the network was trained on the train split")
+    assert captured.err.splitlines()[0].startswith("note: training has seen the train split")
     lines = captured.out.splitlines()
     assert lines[0] == "on the train split"
     assert lines[1].startswith("cheap: w2a2, mAP (11 points) ")
@@ -195,7 +239,11 @@ def test_the_table_has_a_line_for_every_order(folder: Path, capsys: pytest.Captu
         (["--split", "nowhere"], "no split 'nowhere'"),
         (["--bits.choices=[[4, 4]]"], "bits.choices: expected two or more of different cost"),
         (["--bits.choices=[[4, 4], [2, 2]]"], "trained with other settings: bits.choices"),
-        (["--run", "nowhere"], "pretrain_quant: no checkpoint; run pretrain.py first"),
+        (
+            ["--run", "nowhere"],
+            "nowhere: no detector trained under uniform:w2a2; run finetune.py --bits uniform:w2a2 first, or name a "
+            "checkpoint with --cheap",
+        ),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
