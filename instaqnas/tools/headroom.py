@@ -72,10 +72,6 @@ class _Trained(NamedTuple):
     configuration: list[int]
     network: SwitchableSSD
 
-    @property
-    def gbitops(self) -> float:
-        return detector_costs(self.network).gbitops(torch.tensor([self.configuration])).item()
-
 
 def mixed(cheap: Sequence[Measured], dear: Sequence[Measured], to_dear: Iterable[int]) -> list[Measured]:
     """The images of a split as the dear detector has measured those of the indices `to_dear`, and the cheap the rest.
@@ -127,16 +123,17 @@ def measured_headroom(rivals: Rivals, split: str, cheap: Path | None = None, dea
     """
     experiment = rivals.experiment
     loader = experiment.loader_of(split)
-    cheapest, dearest = uniform_ends(detector_costs(experiment.quantized_detector()))
+    costs = detector_costs(experiment.quantized_detector())
+    cheapest, dearest = uniform_ends(costs)
     ends = _trained(rivals, "cheap", cheap, cheapest), _trained(rivals, "dear", dear, dearest)
-    low, high = (end.gbitops for end in ends)
+    low, high = costs.gbitops(torch.tensor([end.configuration for end in ends])).tolist()
     if high <= low:
         raise InputError(
             f"{ends[1].source}: costs {high:.4g} GBitOps, not more than {ends[0].source} with its {low:.4g}"
         )
     by_policy = {}
     if has_policy(rivals.command.run):
-        by_policy = {"by what the policy spends": largest_first(expected_gbitops(rivals, loader))}
+        by_policy = {"by what the policy spends": largest_first(expected_gbitops(rivals, loader, costs))}
     measured = [experiment.measure(end.network, loader, fixed(end.configuration), "loss") for end in ends]
 
     images, names = len(loader.dataset), experiment.class_names
@@ -150,11 +147,11 @@ def measured_headroom(rivals: Rivals, split: str, cheap: Path | None = None, dea
     drawn = [maps_of(torch.randperm(images, generator=random_orders).numpy()) for _ in range(RANDOM_ORDERS)]
     maps["at random"] = np.mean(drawn, axis=0).tolist()
     cheap_figures, dear_figures = (
-        FixedDetector(rivals.names(end.configuration), str(end.source), map_11pt(found, names), end.gbitops)
-        for end, found in zip(ends, measured, strict=True)
+        FixedDetector(rivals.names(end.configuration), str(end.source), map_11pt(found, names), gbitops)
+        for end, found, gbitops in zip(ends, measured, (low, high), strict=True)
     )
-    gbitops = [low + count / images * (high - low) for count in counts]
-    return Headroom(split, cheap_figures, dear_figures, gbitops, maps)
+    means = [low + count / images * (high - low) for count in counts]
+    return Headroom(split, cheap_figures, dear_figures, means, maps)
 
 
 def _trained(rivals: Rivals, option: str, checkpoint: Path | None, choice: int) -> _Trained:
@@ -187,10 +184,10 @@ def uniform_ends(costs: CostTable) -> tuple[int, int]:
     return cheap, dear
 
 
-def expected_gbitops(rivals: Rivals, loader: DetectionLoader) -> np.ndarray:
+def expected_gbitops(rivals: Rivals, loader: DetectionLoader, costs: CostTable) -> np.ndarray:
     """GBitOps [N] that the probabilities of the run's policy come to for each image, up to a constant."""
     probabilities = rivals.survey(loader).logits.double().softmax(-1)
-    return (probabilities * detector_costs(rivals.experiment.quantized_detector()).gbitops_table()).sum((1, 2)).numpy()
+    return (probabilities * costs.gbitops_table()).sum((1, 2)).numpy()
 
 
 def format_table(found: Headroom) -> str:

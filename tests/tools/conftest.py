@@ -53,3 +53,19 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         return folder
 
     return make
+
+
+@pytest.fixture
+def error_of(capsys: pytest.CaptureFixture) -> Callable[[Callable[[list[str]], None], list[str]], str]:
+    """Runs the `main` of a tool on words that it refuses; returns the one line of its error."""
+
+    def run(main: Callable[[list[str]], None], words: list[str]) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            main(words)
+        assert exit_.value.code == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note")]
+        assert len(errors) == 1
+        assert errors[0].startswith("error: ")
+        return errors[0]
+
+    return run

@@ -145,15 +145,9 @@ def test_tables_have_a_line_for_every_choice_and_position_and_end_with_the_cliff
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
-    folder: Path, capsys: pytest.CaptureFixture, more: list[str], message: str
+    folder: Path, error_of: Callable[..., str], more: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(words(folder, *more))
-    assert exit_.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note")]
-    assert len(errors) == 1
-    assert errors[0].startswith("error: ")
-    assert message in errors[0]
+    assert message in error_of(main, words(folder, *more))
 
 
 def test_without_a_pretrained_network_it_says_what_to_run(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config import from_plain, to_plain
+from instaqnas.data.loader import Batch
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.metrics.voc import DetectionRecords, RecordBatch, voc_map
 from instaqnas.policy.bit_config import fixed
@@ -100,6 +101,18 @@ def network(folder: Path, experiment: Experiment, stage: str) -> SwitchableSSD:
     return detector.eval()
 
 
+@torch.no_grad()
+def spent_by_policy(folder: Path, experiment: Experiment, images: list[Batch], table: torch.Tensor) -> list[float]:
+    """GBitOps that the policy's probabilities come to, image by image and choice by choice; `table` is [13, 3]."""
+    policy = experiment.policy().eval()
+    policy.load_state_dict(load_checkpoint(folder / "runs" / "tiny" / "finetune" / "last.pt")["networks"]["policy"])
+    spent = []
+    for one in images:
+        probabilities = policy(one.images)[0].softmax(-1)
+        spent.append(sum(probabilities[p, k].item() * table[p, k].item() for p in range(13) for k in range(3)))
+    return spent
+
+
 def words(folder: Path, *more: str) -> list[str]:
     return ["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny"), *more]
 
@@ -141,15 +154,7 @@ def test_figures_are_those_of_each_image_run_alone_on_its_detector(folder: Path,
 
     objects = [one.objects.item() for one in images]
     assert len(set(objects)) > 2
-    policy = experiment.policy()
-    policy.load_state_dict(load_checkpoint(folder / "runs" / "tiny" / "finetune" / "last.pt")["networks"]["policy"])
-    policy.eval()
-    spent = []
-    for one in images:
-        with torch.no_grad():
-            probabilities = policy(one.images)[0].softmax(-1)
-        table = costs.gbitops_table()
-        spent.append(sum(probabilities[p, k].item() * table[p, k].item() for p in range(13) for k in range(3)))
+    spent = spent_by_policy(folder, experiment, images, costs.gbitops_table())
     assert len(set(spent)) == 8
     draws = generator(0, "headroom")
     random_maps = [expected(torch.randperm(8, generator=draws).tolist()) for _ in range(5)]
@@ -193,29 +198,21 @@ def test_a_checkpoint_runs_under_the_bits_that_it_was_trained_for(folder: Path, 
     ],
 )
 def test_a_checkpoint_that_will_not_do_is_named(
-    folder: Path, capsys: pytest.CaptureFixture, option: str, stage: str, message: str
+    folder: Path, error_of: Callable[..., str], option: str, stage: str, message: str
 ) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(words(folder, option, str(folder / "runs" / "tiny" / stage / "last.pt")))
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in error_of(main, words(folder, option, str(folder / "runs" / "tiny" / stage / "last.pt")))
 
 
-def test_a_checkpoint_of_other_positions_is_refused(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_checkpoint_of_other_positions_is_refused(folder: Path, error_of: Callable[..., str]) -> None:
     static = str(folder / "runs" / "tiny" / "finetune_static" / "last.pt")
-    with pytest.raises(SystemExit) as exit_:
-        main(words(folder, "--cheap", static, "--dear", static, "--bits.positions=backbone"))
-    assert exit_.value.code == 2
-    assert "last.pt: trained with other settings: bits.positions" in capsys.readouterr().err
+    error = error_of(main, words(folder, "--cheap", static, "--dear", static, "--bits.positions=backbone"))
+    assert "last.pt: trained with other settings: bits.positions" in error
 
 
 @pytest.mark.slow
-def test_the_dear_one_has_to_be_dearer(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_dear_one_has_to_be_dearer(folder: Path, error_of: Callable[..., str]) -> None:
     static = str(folder / "runs" / "tiny" / "finetune_static" / "last.pt")
-    with pytest.raises(SystemExit) as exit_:
-        main(words(folder, "--cheap", static, "--dear", static))
-    assert exit_.value.code == 2
-    assert f"not more than {static} with its" in capsys.readouterr().err
+    assert f"not more than {static} with its" in error_of(main, words(folder, "--cheap", static, "--dear", static))
 
 
 @pytest.mark.slow
@@ -247,12 +244,6 @@ def test_the_table_has_a_line_for_every_order(folder: Path, capsys: pytest.Captu
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
-    folder: Path, capsys: pytest.CaptureFixture, more: list[str], message: str
+    folder: Path, error_of: Callable[..., str], more: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(words(folder, *more))
-    assert exit_.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note")]
-    assert len(errors) == 1
-    assert errors[0].startswith("error: ")
-    assert message in errors[0]
+    assert message in error_of(main, words(folder, *more))
