@@ -1,30 +1,14 @@
-"""Finetunes the detector under the frozen policy, which now always takes its most probable choice.
+"""Finetunes the detector under the frozen, greedy policy: the most probable choice at each position.
 
     python finetune.py --config configs/shapes.yaml
     python finetune.py --config configs/shapes.yaml --bits static
 
-Starts from what search.py left in the run's folder and follows the section `finetune`; the same command continues an
-interrupted training. `--bits` trains a rival of the policy instead, for as long: the pretrained detector under one
-fixed bit configuration.
+Starts from the result of search.py in the run folder and follows the section `finetune` of the YAML. After an
+interruption the same command continues. `--bits` trains a baseline of the policy for as many epochs: the pretrained
+detector under one fixed bit configuration.
 """
 
-import sys
-
-from instaqnas.config import parse_command
-from instaqnas.errors import exit_on_input_error
-
-
-def main() -> None:
-    with exit_on_input_error():
-        command = parse_command("finetune")
-        from instaqnas.training.stages import run_finetune  # only now: importing torch takes seconds
-
-        run_finetune(command)
-
+from instaqnas.entry import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command (without --restart) continues from the last checkpoint\n")
-        sys.exit(130)
+    main("finetune")

@@ -1,28 +1,12 @@
-"""Searches the policy by REINFORCE, and trains the detector along under the configurations it samples.
+"""Searches the policy by REINFORCE, and trains the detector under the configurations that the policy samples.
 
     python search.py --config configs/shapes.yaml
 
-Starts from what pretrain.py left in the run's folder and follows the sections `search`, `policy` and `reward`; the same
-command continues an interrupted search.
+Starts from the result of pretrain.py in the run folder and follows the sections `search`, `policy` and `reward` of the
+YAML. After an interruption the same command continues.
 """
 
-import sys
-
-from instaqnas.config import parse_command
-from instaqnas.errors import exit_on_input_error
-
-
-def main() -> None:
-    with exit_on_input_error():
-        command = parse_command("search")
-        from instaqnas.training.stages import run_search  # only now: importing torch takes seconds
-
-        run_search(command)
-
+from instaqnas.entry import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command (without --restart) continues from the last checkpoint\n")
-        sys.exit(130)
+    main("search")

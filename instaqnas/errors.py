@@ -1,32 +1,43 @@
-"""The exceptions that are shown to the user as one line, without a traceback."""
+"""Errors that the user sees as one line, without a traceback."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import time
 from collections.abc import Iterator
+from typing import NoReturn
+
+OTHER_RANKS_WAIT = 2.0  # seconds
 
 
 class InputError(Exception):
-    """Wrong input: a file, key or box that the message names. Never used for bugs of ours."""
+    """Wrong input; the message names the file, key or box. Never raised for a bug."""
 
 
 class TrainingError(Exception):
-    """Training cannot go on, as after an infinite loss; the message names the step and the images."""
+    """Training cannot go on, for example after an infinite loss; the message names the step and the images."""
 
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
     """Turns an `InputError` or `OSError` (exit status 2) or a `TrainingError` (1) into one line on standard error.
 
-    An `OSError` that nobody has turned into something better is a folder without permission or a full disk.
+    An `OSError` that arrives here is a folder without permission or a full disk.
     """
     try:
         yield
     except (InputError, TrainingError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        _exit(str(error), 2 if isinstance(error, InputError) else 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
-        sys.exit(2)
+        _exit(f"{where}{error.strerror or error}", 2)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":
+        # The first process mostly meets the same error, and torchrun then ends this one before it says so again.
+        time.sleep(OTHER_RANKS_WAIT)
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(status)

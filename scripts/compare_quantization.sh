@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Quantized trainings under different settings, all from one full-precision network (the best on the val split where the
-# config has one, else the last), same epochs and seed; heads and depthwise layers have 8 bits, and nothing is distilled:
+# Compares quantized trainings under different settings:
 #   scripts/compare_quantization.sh [--config configs/bccd_small.yaml] [overrides]
-# Writes runs/quantization/NAME; repeat it after an interruption.
+# All start from one full-precision network (its best checkpoint if the config has a val split, else the last) and have
+# the same epochs and seed, 8 bits in heads and depthwise layers, and no distillation unless named.
+# Writes runs/quantization/NAME. Repeat it after an interruption.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetches PASCAL VOC 2007 and 2012 into data/VOCdevkit: scripts/download_voc.sh [--root FOLDER] [--mirror FOLDER]
 #
-# It needs 6 GB of disk, of which the archives, half of it, can go afterwards. Repeat it after an interruption.
+# Needs 6 GB of disk; the archives, half of that, can be deleted afterwards. Repeat it after an interruption.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

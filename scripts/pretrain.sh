@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains the detector, full precision first, then quantized: scripts/pretrain.sh --config configs/shapes.yaml [--run FOLDER] [overrides]
-# NPROC=2 in the environment runs it in two processes, see scripts/stage.sh.
+# Trains the detector, first in full precision, then quantized:
+#   scripts/pretrain.sh --config configs/shapes.yaml [--run FOLDER] [overrides]
+# NPROC=2 in the environment runs it in two processes; see scripts/stage.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything once, on the embedded data set: scripts/quickstart.sh [overrides, such as --device cpu]
+# Runs everything once, on generated images: scripts/quickstart.sh [overrides, such as --device cpu]
 #
-# Repeat it after an interruption: a training that is complete is not done again.
+# Repeat it after an interruption: complete trainings are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,11 +12,11 @@ say "1/6 environment in .venv"
 bash scripts/setup.sh
 say "2/6 data set in data/shapes"
 .venv/bin/python -m instaqnas.tools.shapes --root data/shapes
-say "3/6 pretrain: the detector, full precision first, then under random bit-widths"
+say "3/6 pretrain: the detector, first in full precision, then under random bit-widths"
 run_stage pretrain "$@"
-say "4/6 search: the policy, and the detector along with it"
+say "4/6 search: the policy and the detector"
 run_stage search "$@"
 say "5/6 finetune: the detector under the frozen policy"
 run_stage finetune "$@"
-say "6/6 eval: the policy against fixed and random bit-widths"
+say "6/6 eval: the policy compared with fixed and random bit-widths"
 run_stage eval --bits basic "$@"

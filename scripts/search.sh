@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains the policy, and the detector along with it: scripts/search.sh --config configs/shapes.yaml [--run FOLDER] [overrides]
-# NPROC=2 in the environment runs it in two processes, see scripts/stage.sh.
+# Trains the policy and the detector:
+#   scripts/search.sh --config configs/shapes.yaml [--run FOLDER] [overrides]
+# NPROC=2 in the environment runs it in two processes; see scripts/stage.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the requirements; says and does nothing where that is done.
+# Makes .venv and installs the requirements. Once that is done, it does nothing and prints nothing.
 #
-#   scripts/setup.sh          what training and evaluation need
-#   scripts/setup.sh --dev    and what the tests need
+#   scripts/setup.sh          for training and evaluation
+#   scripts/setup.sh --dev    for the tests too
 #
-# PYTHON=python3.12 takes another interpreter. pip reads its options from the environment; torch without CUDA, a far
-# smaller download:
+# PYTHON=python3.12 takes another interpreter. pip reads its options from the environment, as for torch without CUDA, a
+# much smaller download:
 #
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu scripts/setup.sh
 set -euo pipefail
@@ -21,7 +21,7 @@ case "$*" in
     ;;
 esac
 
-# The stamp of an installed list: its checksum, written last.
+# The stamp of a list of requirements is its checksum, written after it has been installed.
 stamp_of() { echo ".venv/installed-${1//\//-}"; }
 is_installed() { [[ -x .venv/bin/python && "$(cksum <"$1")" == "$(cat "$(stamp_of "$1")" 2>/dev/null)" ]]; }
 
@@ -41,10 +41,10 @@ make_venv() {
 
 for list in "${lists[@]}"; do
   if ! is_installed "$list"; then
-    # Without pip it is what an interrupted or failed `venv` leaves.
+    # A .venv without pip is left by an interrupted or failed `python -m venv`.
     .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
     echo "installing $list into .venv"
-    # Compiling everything beforehand took more than half of the time; what is imported is compiled then.
+    # Compiling all modules takes over half of the time; Python compiles a module when it is first imported.
     .venv/bin/python -m pip install --disable-pip-version-check --no-compile -r "$list"
     cksum <"$list" >"$(stamp_of "$list")"
   fi

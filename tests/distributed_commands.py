@@ -20,11 +20,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from instaqnas.config import parse_command  # noqa: E402
+from instaqnas import distributed  # noqa: E402
+from instaqnas.config.command import parse_command
+from instaqnas.distributed import total
 from instaqnas.errors import exit_on_input_error  # noqa: E402
-from instaqnas.ranks import total  # noqa: E402
-from instaqnas.training import distributed, stages  # noqa: E402
-from instaqnas.training.run_dir import RunDir  # noqa: E402
+from instaqnas.experiment.run_dir import RunDir  # noqa: E402
+from instaqnas.training import detector_training, stages  # noqa: E402
 
 
 def check_parallel(folder: str) -> None:
@@ -47,7 +48,7 @@ def check_parallel(folder: str) -> None:
 
 def forget_gradients_of_others() -> None:
     """From here on every process learns from its own images only."""
-    stages.distributed.parallel = lambda network: network
+    distributed.parallel = lambda network: network
 
 
 def die_after_saves(process: str, saves: str) -> None:
@@ -66,7 +67,7 @@ def die_after_saves(process: str, saves: str) -> None:
 
 def main() -> None:
     """See the docstring of the file."""
-    stages.LOG_EVERY = 1
+    detector_training.LOG_EVERY = 1
     others = {f.__name__: f for f in (check_parallel, forget_gradients_of_others, die_after_saves)}
     with exit_on_input_error():
         for name, words in json.loads(sys.argv[1]):

@@ -38,11 +38,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from instaqnas.config import parse_command  # noqa: E402
+from instaqnas.config.command import parse_command
 from instaqnas.data.shapes import generate_shapes  # noqa: E402
+from instaqnas.experiment.run_dir import RunDir  # noqa: E402
+from instaqnas.experiment.stage import PRETRAIN_FP32  # noqa: E402
 from instaqnas.training import stages  # noqa: E402
-from instaqnas.training.experiment import Experiment
-from instaqnas.training.run_dir import RunDir  # noqa: E402
 
 CONFIG = """
 data: {{roots: [{root}], val_split: val, vertical_flip: true, workers: {workers}}}
@@ -264,7 +264,7 @@ def train(stage: str, words: list[str]) -> None:
     """What the entry script of a stage does; of pretrain.py's two trainings only the one that is asked for."""
     command = parse_command(stage.partition("_")[0], words)
     if stage == "pretrain_fp32":
-        stages._pretrain_fp32(stages._start(command, Experiment), command)
+        stages.run_pretrain_fp32(command, stages.start(command, [PRETRAIN_FP32]))
     else:
         {"pretrain_quant": stages.run_pretrain, "search": stages.run_search, "finetune": stages.run_finetune}[stage](
             command

@@ -9,9 +9,10 @@ from checkpoint_damage import EQUAL, OTHER, REFUSED, flipped, outcomes
 from torch import nn
 
 from instaqnas.checkpoint import save_checkpoint
-from instaqnas.config import Config, DataConfig, TrainConfig, to_plain
-from instaqnas.training.fit import TrainState
+from instaqnas.config.reading import to_plain
+from instaqnas.config.settings import Config, DataConfig, TrainConfig
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
+from instaqnas.training.state import TrainState
 
 
 def small_checkpoint(path: Path) -> Path:

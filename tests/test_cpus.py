@@ -1,4 +1,4 @@
-"""CPUs that a process may use."""
+"""The number of CPUs that a process may use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from instaqnas.cpus import available_cpus
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPU sets are Linux's")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_a_process_confined_to_one_cpu_has_one() -> None:
     code = f"""
 import os

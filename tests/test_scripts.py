@@ -1,4 +1,4 @@
-"""The shell scripts: their form, and what setup.sh does, with a stand-in for Python so that nothing is downloaded."""
+"""The shell scripts. A stand-in for Python records the calls, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from instaqnas.config import parse_command
+from instaqnas.config.command import parse_command
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 STAGES = ("pretrain", "search", "finetune", "eval")
 
-# Makes a folder with itself in it for `-m venv`, and writes down what it is asked to do.
+# Copies itself into the folder of `-m venv`, and appends every call to the file `calls`.
 FAKE_PYTHON = """#!/usr/bin/env bash
 set -euo pipefail
 case "$*" in
@@ -33,7 +34,7 @@ esac
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of the scripts beside empty lists of requirements."""
+    """A copy of the scripts, with empty lists of requirements."""
     root = tmp_path / "a project"
     shutil.copytree(ROOT / "scripts", root / "scripts")
     (root / "tests").mkdir()
@@ -53,7 +54,7 @@ def run(
 
 
 def calls(project: Path) -> list[str]:
-    """What was called since the last time this was asked."""
+    """Returns the calls since the last time."""
     path = project / "calls"
     lines = path.read_text().splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
@@ -151,8 +152,20 @@ def test_stage_script_runs_as_many_processes_as_it_is_told(project: Path, stage:
     run(project, "setup.sh")
     calls(project)
     run(project, f"{stage}.sh", "--config", "x.yaml", NPROC="2").check_returncode()
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    assert calls(project) == [f"{torchrun} {stage}.py --config x.yaml"]
+    torchrun = "-m instaqnas.launch --standalone --nproc-per-node 2"
+    assert calls(project) == [f"{torchrun} -- {stage}.py --config x.yaml"]
+
+
+def test_torchrun_leaves_the_options_of_a_stage_alone(project: Path) -> None:
+    run(project, "setup.sh")
+    python = project / ".venv" / "bin" / "python"
+    python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
+    report = "import os, pathlib, sys; pathlib.Path(os.environ['RANK']).write_text(' '.join(sys.argv[1:]))"
+    (project / "search.py").write_text(report)
+    shutil.copytree(ROOT / "instaqnas", project / "instaqnas")
+    words = ["--config", "x.yaml", "--run", "R", "--restart"]  # torchrun has --run-path and --max-restarts
+    run(project, "search.sh", *words, NPROC="2").check_returncode()
+    assert [(project / rank).read_text().split() for rank in ("0", "1")] == [words, words]
 
 
 def test_quickstart_runs_the_stages_in_order(project: Path) -> None:
@@ -201,4 +214,9 @@ def test_compared_trainings_have_no_target_that_their_bits_might_not_reach(proje
 def test_test_script_checks_then_tests(project: Path) -> None:
     in_processes = "--numprocesses auto --dist loadfile"
     run(project, "test.sh", "-x").check_returncode()
-    assert calls(project)[3:] == ["-m ruff check .", "-m ruff format --check .", f"-m pytest {in_processes} -x"]
+    assert calls(project)[3:] == [
+        "-m ruff check .",
+        "-m ruff format --check .",
+        "-m mypy",
+        f"-m pytest {in_processes} -x",
+    ]

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a purpose and an image, and on nothing else."""
+"""Random numbers depend on their purpose and the image alone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def test_numbers_are_uniform_and_independent_between_images_and_positions() -> N
     assert neighbours.abs() < 0.03
 
 
-def test_numbers_of_an_image_do_not_depend_on_its_company_or_place() -> None:
+def test_numbers_of_an_image_do_not_depend_on_its_batch_or_place() -> None:
     together = uniform_numbers([SampleKey(2, 7, 0), SampleKey(2, 8, 1), SampleKey(2, 9, 2)], 13, 5, "test")
     assert torch.equal(uniform_numbers([SampleKey(2, 8, 30)], 13, 5, "test"), together[1:2])
 
 
 def test_numbers_are_the_same_on_every_machine() -> None:
-    """Made once by hand: the seed from sha256, the numbers from the Mersenne twister, two words of 32 bits each."""
+    """Computed independently: the seed from SHA-256, each number from two 32-bit words of the Mersenne twister."""
     import hashlib
 
     import numpy as np

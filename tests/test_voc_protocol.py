@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import Command, parse_command
+from instaqnas.config.command import Command, parse_command
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.policy.network import PolicyNet, policy_gbitops

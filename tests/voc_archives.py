@@ -1,4 +1,4 @@
-"""Miniature archives of PASCAL VOC 2007 and 2012, built as the real ones are."""
+"""Miniature archives of PASCAL VOC 2007 and 2012, with the layout of the real ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ANNOTATION = """<annotation>
 
 
 def write_archives(folder: Path) -> list[Archive]:
-    """Writes the three archives into `folder`, and says what is in them."""
+    """Writes the three archives into `folder` and describes them."""
     folder.mkdir(parents=True, exist_ok=True)
     return [_write_archive(folder, year, split, images) for (year, split), images in IMAGES.items()]
 

@@ -1,14 +1,14 @@
 """Batches of images and padded targets, the same for any number of worker processes.
 
-Every sample is drawn under a seed made of (seed, epoch, index), which the batch sampler sends, so that no worker has a
-state of its own and a resumed run sees the pixels of an uninterrupted one.
+The augmentation of a sample is seeded by (seed, epoch, index). The batch sampler sends epoch and index to the workers,
+so workers have no random state of their own, and a resumed run gets the same pixels as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -27,15 +27,15 @@ from instaqnas.seeds import SampleKey, derived_seed
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B images and their objects, padded to the N of the image with most.
+    """B images and their objects, padded to the largest number N of any image.
 
     Args:
         images: uint8 [B, 3, S, S], RGB.
         boxes_xyxy: float32 [B, N, 4], pixels of the resized image.
-        labels: int64 [B, N], 0 = padding.
+        labels: int64 [B, N], 0 is padding.
         difficult: bool [B, N].
         image_ids: B ids.
-        keys: where in the epoch each image stands; random bit configurations come from them.
+        keys: B keys, which random bit configurations are drawn from.
     """
 
     images: Tensor
@@ -52,38 +52,56 @@ class Batch:
 
     @property
     def smallest_side(self) -> Tensor:
-        """Shortest side of any object of each image, float32 [B], pixels of the resized image; NaN without objects."""
+        """Shortest box side in each image, float32 [B], in pixels of the resized image; NaN without objects."""
         sides = (self.boxes_xyxy[..., 2:] - self.boxes_xyxy[..., :2]).amin(-1).masked_fill(self.labels == 0, torch.inf)
-        smallest = F.pad(sides, (0, 1), value=torch.inf).amin(1)  # one more column, for N = 0
+        smallest = F.pad(sides, (0, 1), value=torch.inf).amin(1)  # one more column, as amin fails for N = 0
         return smallest.masked_fill(smallest.isinf(), torch.nan)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; copies from pinned memory run in the background."""
+        """The batch on `device`; copies from pinned memory are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; the DataLoader calls this."""
+        """The batch in page-locked memory; called by the DataLoader."""
         return self._map(Tensor.pin_memory)
 
+    def first(self, count: int) -> Batch:
+        """The first `count` images, at most B."""
+        return self._rows(slice(count))
+
     def split(self, parts: int) -> list[Batch]:
-        """The batch in so many equal parts."""
+        """`parts` consecutive equal parts of the batch."""
         size = len(self.image_ids) // parts
-        values = [getattr(self, field.name) for field in fields(self)]
-        return [Batch(*(v[start : start + size] for v in values)) for start in range(0, len(self.image_ids), size)]
+        return [self._rows(slice(start, start + size)) for start in range(0, len(self.image_ids), size)]
+
+    def _rows(self, rows: slice) -> Batch:
+        return Batch(
+            self.images[rows],
+            self.boxes_xyxy[rows],
+            self.labels[rows],
+            self.difficult[rows],
+            self.image_ids[rows],
+            self.keys[rows],
+        )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        values = [getattr(self, field.name) for field in fields(self)]
-        return Batch(*(function(v) if isinstance(v, Tensor) else v for v in values))
+        return replace(
+            self,
+            images=function(self.images),
+            boxes_xyxy=function(self.boxes_xyxy),
+            labels=function(self.labels),
+            difficult=function(self.difficult),
+        )
 
 
-class DetectionDataset(Dataset):
+class DetectionDataset(Dataset[Sample]):
     """Samples of annotated images, addressed by `SampleKey`.
 
     Args:
         annotations: from `read_split`.
-        transform: `train_transform` or `eval_transform`.
-        seed: seed of what the transform draws.
-        images: what `load_images` made of the annotations; None decodes an image whenever it is needed.
+        transform: `train_transform`, `flip_transform` or `eval_transform`.
+        seed: of the transform's random numbers.
+        images: the pixels of all annotations, from `load_images`; None to decode an image whenever it is needed.
     """
 
     def __init__(
@@ -106,22 +124,22 @@ class DetectionDataset(Dataset):
         """The transformed sample, with `image_id` and `key`.
 
         Raises:
-            InputError: the image cannot be read, or its size is not the annotation's.
+            InputError: the image cannot be read, or the annotation gives another size.
         """
         annotation = self.annotations[key.index]
         pixels = _read_pixels(annotation) if self.images is None else self.images[key.index]
         sample = _sample(annotation, pixels)
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also reset CUDA's generator, which is not restored here.
+            # torch.manual_seed would also seed CUDA's generator, which fork_rng does not restore here.
             torch.default_generator.manual_seed(derived_seed(self.seed, key.epoch, key.index))
             sample = self.transform(sample)
         return {**sample, "image_id": annotation.image_id, "key": key}
 
 
 def load_images(annotations: Sequence[Annotation], side: int) -> list[np.ndarray]:
-    """The pixels of all images, uint8 [h, w, 3], their shorter side shrunk to `side` pixels at most.
+    """The pixels of all images, uint8 [h, w, 3], shrunk so that the shorter side has at most `side` pixels.
 
-    Load them before worker processes are started: those share the memory.
+    Load them before worker processes are started, which then share the memory.
 
     Raises:
         InputError: as `DetectionDataset.__getitem__`.
@@ -130,16 +148,16 @@ def load_images(annotations: Sequence[Annotation], side: int) -> list[np.ndarray
         return list(pool.map(lambda annotation: _shrunk(_read_pixels(annotation), side), annotations))
 
 
-class EpochBatchSampler(Sampler):
-    """Batches of `SampleKey`s; the order of an epoch depends on `seed` and the epoch alone.
+class EpochBatchSampler(Sampler[list[SampleKey]]):
+    """Batches of `SampleKey`s. The order of an epoch depends only on `seed` and the epoch.
 
     Args:
         n: samples in the dataset.
-        batch_size: samples a batch.
-        seed: seed of the order.
+        batch_size: samples per batch.
+        seed: of the order.
         shuffle: False keeps the order of the dataset.
-        drop_last: leave out a last batch that is not full, unless it is the only one.
-        share: (number of a process, number of all), which share each batch like a hand of cards.
+        drop_last: drop an incomplete last batch, unless it is the only one.
+        share: (rank, number of processes); a process gets the samples rank, rank + processes, ... of each batch.
     """
 
     def __init__(
@@ -154,7 +172,7 @@ class EpochBatchSampler(Sampler):
         self.epoch = self.first_batch = 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Sets the epoch of the next iteration, and the batch that it begins with."""
+        """Sets the epoch of the next iteration, and its first batch."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
@@ -162,11 +180,13 @@ class EpochBatchSampler(Sampler):
         return full + (rest > 0 and not (self.drop_last and full > 0))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        order, (rank, processes) = self._order(), self.share
+        order = self._order()
+        rank, processes = self.share
         for batch in range(self.first_batch, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             keys = [SampleKey(self.epoch, index, place) for place, index in enumerate(indices)]
-            if own := keys[rank::processes]:
+            own = keys[rank::processes]
+            if own:
                 yield own
 
     def _order(self) -> list[int]:
@@ -176,30 +196,39 @@ class EpochBatchSampler(Sampler):
         return torch.randperm(self.n, generator=generator).tolist()
 
 
-class DetectionLoader(DataLoader):
-    """A DataLoader whose epoch can be set, and which passes on an `InputError` as the one line that it is."""
+class DetectionLoader(DataLoader[Sample]):
+    """A DataLoader of `Batch`es whose epoch can be set, and which reports an `InputError` of a worker in one line."""
+
+    dataset: DetectionDataset
+    batch_sampler: EpochBatchSampler
+
+    @property
+    def annotations(self) -> Sequence[Annotation]:
+        """Annotations of the dataset, in its order."""
+        return self.dataset.annotations
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Sets the epoch of the next iteration: its order and its augmentation.
+        """Sets the epoch of the next iteration, which determines its order and its augmentation.
 
-        It begins with batch `first_batch`; those before it are not read. `len` stays that of a whole epoch.
+        The iteration starts at batch `first_batch`, without reading the batches before it. `len` remains the number of
+        batches of a whole epoch.
         """
         self.batch_sampler.set_epoch(epoch, first_batch)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, so that errors pass through it
         try:
             yield from super().__iter__()
         except InputError as error:
-            # From a worker it arrives with the worker's traceback as its message, the real one in the last line.
+            # The message of an error in a worker is a traceback, whose last line has the original message.
             last_line = str(error).strip().splitlines()[-1]
             prefix = f"{InputError.__module__}.{InputError.__qualname__}: "
             raise InputError(last_line.removeprefix(prefix)) from None
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """The batch of `samples` as `DetectionDataset` returns them."""
+    """A batch of samples of a `DetectionDataset`."""
     return Batch(
-        # A decoded image is channels-last in memory, an augmented one is not: the network shall see one layout.
+        # A decoded image is channels-last in memory, an augmented one is not; the network gets one layout.
         torch.stack([s["image"] for s in samples]).contiguous(),
         pad_sequence([s["boxes"] for s in samples], batch_first=True),
         pad_sequence([s["labels"] for s in samples], batch_first=True),
@@ -222,14 +251,14 @@ def make_loader(
     """A loader of `Batch`es; call its `set_epoch` before each epoch.
 
     Args:
-        dataset: what is loaded.
-        batch_size: images a batch, those of all processes.
-        shuffle: draw a new order each epoch.
-        seed: seed of the order.
-        workers: processes that decode and augment; 0 does it in this one.
-        drop_last: leave out a last batch that is not full, unless it is the only one. For training: BatchNorm cannot
-            train on one image with a 1 x 1 map.
-        share: (number of this process, number of all); the loader reads this one's share of every batch.
+        dataset: the samples.
+        batch_size: images per batch of all processes together.
+        shuffle: draw a new order in each epoch.
+        seed: of the order.
+        workers: processes that decode and augment; 0 to do it in this process.
+        drop_last: drop an incomplete last batch, unless it is the only one. Needed in training, because BatchNorm
+            cannot train on a single image with a 1 x 1 map.
+        share: (rank, number of processes); the loader reads the share of this rank of every batch.
     """
     sampler = EpochBatchSampler(len(dataset), batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, share=share)
     return DetectionLoader(
@@ -240,7 +269,7 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_use_one_thread,
         persistent_workers=workers > 0,
-        # Unused, but without it the loader draws from the default generator, how often depends on `workers`.
+        # Unused, but without it the loader would draw from the default generator, how often depending on `workers`.
         generator=torch.Generator(),
     )
 
@@ -271,5 +300,5 @@ def _sample(annotation: Annotation, pixels: np.ndarray) -> Sample:
 
 
 def _use_one_thread(_worker: int) -> None:
-    # PyTorch does so for its own threads; OpenCV's pool would not survive the fork.
+    # PyTorch limits only its own threads in workers, and OpenCV's thread pool would not survive the fork.
     cv2.setNumThreads(0)

@@ -1,67 +1,56 @@
-"""The embedded data set: drawn, textured objects in PASCAL VOC layout, with a known difficulty per image.
+"""Writes the embedded dataset: images of drawn objects (see drawing.py) in PASCAL VOC layout.
 
-A class is an outline, a texture and two typical colours, as real things have them: a detector trained from scratch for
-minutes learns colours and textures, hardly bare outlines. One number per image, its difficulty from 0 to 1, controls
-all that makes it hard: how many objects, how small, how hidden, how faint, on how noisy and cluttered a background.
+    ROOT/JPEGImages/ID.jpg
+    ROOT/Annotations/ID.xml
+    ROOT/ImageSets/Main/SPLIT.txt
+    ROOT/labels.txt                   class names, one per line, without background
+    ROOT/difficulty.csv               difficulty of each image, drawn uniformly from 0 to 1
+    ROOT/generated.json               the request, written last
 
-Layout of a generated tree: `JPEGImages/ID.jpg`, `Annotations/ID.xml`, `ImageSets/Main/SPLIT.txt`, `labels.txt` (class
-names, one per line, without the background), `difficulty.csv` and, written last, `generated.json` (what was asked for).
+The tree has the layout that voc.py reads. Images are drawn by several processes if there are many.
 """
 
 from __future__ import annotations
 
-import colorsys
 import json
-import math
 import multiprocessing
 import os
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from instaqnas.cpus import available_cpus
+from instaqnas.data.drawing import SHAPES, Drawing, draw_image
 from instaqnas.errors import InputError
 
 SPLITS = ("train", "val", "test")  # the position is part of each image's seed: append, never reorder
-DRAWING_VERSION = 1  # raise it when the same seed draws other pixels
+DRAWING_VERSION = 1  # raise it whenever the same seed draws other pixels
 STAMP = "generated.json"
-MIN_IMAGE_SIZE = 64  # below, the smallest objects have fewer than ten pixels a side
+MIN_IMAGE_SIZE = 64  # in smaller images, the smallest objects would have fewer than ten pixels a side
 JPEG_QUALITY = 92
-SUPERSAMPLING = 2
-PLACEMENT_TRIES = 20
-IMAGES_PER_PROCESS = 500  # fewer are drawn while a further process starts
-
-
-class Drawing(NamedTuple):
-    """An image and its N objects."""
-
-    image: np.ndarray  # uint8 [H, W, 3], RGB
-    boxes: np.ndarray  # int64 [N, 4], VOC's xmin, ymin, xmax, ymax: pixels counted from 1, both ends included
-    names: list[str]  # N class names
+IMAGES_PER_PROCESS = 500  # fewer are drawn in the time that another process takes to start
 
 
 def generate_shapes(root: Path, counts: Mapping[str, int], image_size: int = 160, seed: int = 0) -> None:
-    """Writes a VOC-layout tree of drawn objects to `root`; returns at once if it already holds this very data set.
+    """Writes the dataset to `root`, unless `root` already holds exactly this one.
 
-    The tree appears under `root` complete or not at all. An image depends on the seed, its split and its index only, so
-    that a larger data set begins with the images of a smaller one.
+    The tree appears under `root` complete or not at all. An image depends only on the seed, its split and its index, so
+    a larger dataset begins with the images of a smaller one.
 
     Args:
         root: folder to create; may exist if it is empty.
         counts: images per split, keys from `SPLITS`.
         image_size: side of the square images in pixels, at least 64.
-        seed: not negative.
+        seed: 0 or more.
 
     Raises:
-        InputError: a value is out of range, or `root` holds something else.
+        InputError: a value is out of range, `root` holds something else, or it cannot be written.
     """
     _check_request(counts, image_size, seed)
     root = Path(root).resolve()
@@ -79,338 +68,10 @@ def generate_shapes(root: Path, counts: Mapping[str, int], image_size: int = 160
     except OSError as error:
         raise InputError(f"{root.parent}: cannot be written: {error.strerror}") from None
     with temporary as folder:
-        # One level down: the temporary folder itself is readable by its owner only, and would stay so once renamed.
+        # A subfolder, because the temporary folder is readable by its owner only and would stay so when renamed.
         tree = Path(folder) / root.name
         _write_tree(tree, request)
         os.rename(tree, root)
-
-
-def draw_image(rng: np.random.Generator, image_size: int, difficulty: float) -> Drawing:
-    """Draws 1 to 12 objects on a background.
-
-    An object's box spans all of it that lies inside the image, hidden parts included; at least half of each object is
-    visible.
-
-    Args:
-        rng: the only source of randomness.
-        image_size: side of the square image in pixels.
-        difficulty: from 0, one or two big clean objects on a plain background, to 1.
-    """
-    scene = _Scene(_draw_background(rng, image_size, difficulty))
-    lowest, highest = round(1 + 4 * difficulty), round(2 + 10 * difficulty)
-    for _ in range(rng.integers(lowest, highest + 1)):
-        shape = SHAPES[rng.integers(len(SHAPES))]
-        size = image_size * rng.uniform(0.30 - 0.14 * difficulty, 0.55 - 0.20 * difficulty)
-        _place(rng, scene, shape.name, _draw_sprite(rng, shape, size, difficulty), difficulty)
-    image = _degrade(rng, scene.image, difficulty)
-    return Drawing(image, np.array(scene.boxes, dtype=np.int64).reshape(-1, 4), scene.names)
-
-
-# --- outlines: closed polygons in the unit disc; the area between an outer and an inner one is filled
-
-
-def _regular_polygon(corners: int, radius: float = 1.0) -> np.ndarray:
-    angles = np.arange(corners) * 2 * np.pi / corners
-    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
-def _disc() -> list[np.ndarray]:
-    return [_regular_polygon(64)]
-
-
-def _ring() -> list[np.ndarray]:
-    return [_regular_polygon(64), _regular_polygon(48, radius=0.45)]
-
-
-def _triangle() -> list[np.ndarray]:
-    return [_regular_polygon(3)]
-
-
-def _square() -> list[np.ndarray]:
-    return [np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.sqrt(0.5)]
-
-
-def _hexagon() -> list[np.ndarray]:
-    return [_regular_polygon(6)]
-
-
-def _star() -> list[np.ndarray]:
-    points = _regular_polygon(10)
-    points[1::2] *= 0.48
-    return [points]
-
-
-def _cross() -> list[np.ndarray]:
-    arm = np.array([[1, -0.34], [1, 0.34], [0.34, 0.34]])
-    quarter_turn = np.array([[0, 1], [-1, 0]])
-    return [np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, turn) for turn in range(4)])]
-
-
-def _crescent() -> list[np.ndarray]:
-    # The inner arc is a circle of radius 0.8 about (0.5, 0), from where the two circles meet.
-    meet = np.arccos((1 + 0.5**2 - 0.8**2) / (2 * 0.5))
-    outer = np.linspace(meet, 2 * np.pi - meet, 48)
-    inner_end = np.arctan2(np.sin(meet), np.cos(meet) - 0.5)
-    inner = np.linspace(2 * np.pi - inner_end, inner_end, 40)
-    return [
-        np.concatenate(
-            [
-                np.stack([np.cos(outer), np.sin(outer)], axis=1),
-                np.stack([0.5 + 0.8 * np.cos(inner), 0.8 * np.sin(inner)], axis=1),
-            ]
-        )
-    ]
-
-
-# --- textures: the share of the base colour, 0 to 1, at coordinates in which the object is the unit disc
-
-
-def _fraction(x: np.ndarray) -> np.ndarray:
-    return x - np.floor(x)  # x % 1, several times faster
-
-
-def _bricks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    rows = v * 2.8
-    columns = u * 1.6 + 0.5 * np.floor(rows)
-    return (_fraction(rows) > 0.2) & (_fraction(columns) > 0.12)
-
-
-def _stripes(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return _fraction(u * 2.2) > 0.42
-
-
-def _dots(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return (_fraction(u * 2) - 0.5) ** 2 + (_fraction(v * 2) - 0.5) ** 2 > 0.29**2
-
-
-def _radial_gradient(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.clip((np.sqrt(u**2 + v**2) - 0.45) / 0.55, 0, 1)
-
-
-def _target(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return _fraction(2.5 * np.sqrt(u**2 + v**2)) > 0.35
-
-
-def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return (_fraction(u * 1.5) < 0.5) ^ (_fraction(v * 1.5) < 0.5)
-
-
-def _zigzag(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return _fraction(v * 2.5 + np.abs(_fraction(u * 2) - 0.5)) > 0.4
-
-
-def _wedges(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return _fraction(np.arctan2(v, u) * (3 / np.pi)) < 0.5
-
-
-# --- classes
-
-Hsv = tuple[float, float, float]  # hue in degrees, saturation and value from 0 to 1
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A class: `texture` mixes `accent` (0) and `base` (1) inside `outline`."""
-
-    name: str
-    outline: list[np.ndarray]
-    texture: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    base: Hsv
-    accent: Hsv
-
-
-SHAPES = (
-    Shape("brick", _square(), _bricks, base=(4, 0.80, 0.74), accent=(30, 0.22, 0.84)),
-    Shape("disc", _disc(), _target, base=(25, 0.90, 0.96), accent=(42, 0.25, 0.98)),
-    Shape("star", _star(), _dots, base=(51, 0.85, 0.96), accent=(28, 0.85, 0.50)),
-    Shape("triangle", _triangle(), _stripes, base=(122, 0.72, 0.72), accent=(135, 0.80, 0.34)),
-    Shape("crescent", _crescent(), _zigzag, base=(180, 0.70, 0.84), accent=(186, 0.80, 0.38)),
-    Shape("ring", _ring(), _radial_gradient, base=(222, 0.85, 0.50), accent=(216, 0.55, 1.00)),
-    Shape("cross", _cross(), _checks, base=(273, 0.70, 0.70), accent=(273, 0.22, 0.95)),
-    Shape("hexagon", _hexagon(), _wedges, base=(326, 0.62, 0.95), accent=(330, 0.80, 0.52)),
-)
-
-
-def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
-    red_green_blue = colorsys.hsv_to_rgb(hue / 360 % 1, min(max(saturation, 0), 1), min(max(value, 0), 1))
-    return 255 * np.array(red_green_blue, dtype=np.float32)
-
-
-def _jittered_colours(rng: np.random.Generator, shape: Shape, difficulty: float) -> tuple[np.ndarray, np.ndarray]:
-    hue_shift = rng.uniform(-1, 1) * (3 + 9 * difficulty)
-    paler = 1 - rng.uniform(0, 0.1 + 0.25 * difficulty)
-    darker = 1 - rng.uniform(0, 0.1 + 0.2 * difficulty)
-    base, accent = (_rgb(h + hue_shift, s * paler, v * darker) for h, s, v in (shape.base, shape.accent))
-    return base, accent
-
-
-# --- objects
-
-
-class _Sprite(NamedTuple):
-    rgb: np.ndarray  # float32 [h, w, 3], 0 to 255
-    alpha: np.ndarray  # float32 [h, w], 0 to 1
-    opaque: np.ndarray  # bool [h, w]: the pixels that count as the object
-
-
-def _draw_sprite(rng: np.random.Generator, shape: Shape, size: float, difficulty: float) -> _Sprite:
-    """A turned and slightly stretched object whose longer side is `size` pixels."""
-    angle, stretch = rng.uniform(0, 2 * np.pi), math.exp(0.2 * difficulty * rng.uniform(-1, 1))
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    transform = turn @ np.diag([stretch, 1 / stretch])
-    polygons = [points @ transform.T for points in shape.outline]
-    corners = np.concatenate(polygons)
-    low, extent = corners.min(axis=0), np.ptp(corners, axis=0)
-    scale = size / extent.max()
-    low -= 1 / scale  # a margin of one pixel for the soft edge
-    width, height = np.ceil(extent * scale).astype(int) + 2
-
-    alpha = _fill([(points - low) * scale for points in polygons], width, height)
-    (u_x, u_y), (v_x, v_y) = (np.diag([1 / stretch, stretch]) @ turn.T).tolist()
-    x = (_sample_positions(width) / scale + low[0]).astype(np.float32)
-    y = (_sample_positions(height) / scale + low[1]).astype(np.float32)[:, None]
-    u, v = u_x * x + u_y * y, v_x * x + v_y * y
-    share = _shrink(shape.texture(u, v).astype(np.float32), width, height)[..., None]
-    base, accent = _jittered_colours(rng, shape, difficulty)
-    rgb = (accent + share * (base - accent)) * _light(rng, width, height)[..., None]
-    return _Sprite(rgb, alpha, alpha >= 0.5)
-
-
-def _sample_positions(length: int) -> np.ndarray:
-    return (np.arange(length * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
-
-
-def _shrink(samples: np.ndarray, width: int, height: int) -> np.ndarray:
-    return cv2.resize(samples, (int(width), int(height)), interpolation=cv2.INTER_AREA)
-
-
-def _fill(polygons: list[np.ndarray], width: int, height: int) -> np.ndarray:
-    """Coverage, 0 to 1, [height, width], of polygons in pixels whose origin is the corner of the first pixel."""
-    samples = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), dtype=np.uint8)
-    fraction_bits = 4
-    # OpenCV's origin is the centre of the first pixel.
-    fixed_point = [np.rint((points * SUPERSAMPLING - 0.5) * 2**fraction_bits).astype(np.int32) for points in polygons]
-    cv2.fillPoly(samples, fixed_point, 255, lineType=cv2.LINE_AA, shift=fraction_bits)
-    return _shrink(samples.astype(np.float32) / 255, width, height)
-
-
-def _light(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    towards_x, towards_y = rng.uniform(-0.15, 0.15, size=2).tolist()
-    x, y = np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)
-    return 1 + towards_x * x + towards_y * y[:, None]
-
-
-@dataclass
-class _Scene:
-    image: np.ndarray  # float32 [S, S, 3], 0 to 255
-    boxes: list[tuple[int, int, int, int]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    areas: list[int] = field(default_factory=list)  # pixels of each whole object
-    visible: list[int] = field(default_factory=list)  # of those, pixels inside the image and not covered
-
-    def __post_init__(self) -> None:
-        self.owner = np.zeros(self.image.shape[:2], dtype=np.int64)  # 0 is background, n the n-th object
-
-    def add(self, name: str, sprite: _Sprite, left: int, top: int, min_visible: float) -> bool:
-        """Draws the object over the others unless one of them, or itself, would show less than `min_visible`."""
-        height, width = sprite.opaque.shape
-        rows = slice(max(top, 0), min(top + height, len(self.image)))
-        columns = slice(max(left, 0), min(left + width, len(self.image)))
-        inside = (slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left))
-        opaque = sprite.opaque[inside]
-        covered = np.bincount(self.owner[rows, columns][opaque], minlength=len(self.names) + 1)[1:]
-        visible = [*(np.array(self.visible, dtype=int) - covered), int(opaque.sum())]
-        areas = [*self.areas, int(sprite.opaque.sum())]
-        if any(seen < min_visible * area for seen, area in zip(visible, areas, strict=True)):
-            return False
-
-        self.names.append(name)
-        self.areas, self.visible = areas, visible
-        self.owner[rows, columns][opaque] = len(self.names)
-        alpha = sprite.alpha[inside][..., None]
-        self.image[rows, columns] += alpha * (sprite.rgb[inside] - self.image[rows, columns])
-        ys, xs = np.flatnonzero(opaque.any(axis=1)), np.flatnonzero(opaque.any(axis=0))
-        first = np.array([columns.start, rows.start, columns.start, rows.start]) + 1  # VOC counts pixels from 1
-        self.boxes.append(tuple(first + [xs[0], ys[0], xs[-1], ys[-1]]))
-        return True
-
-
-def _place(rng: np.random.Generator, scene: _Scene, name: str, sprite: _Sprite, difficulty: float) -> None:
-    """Adds the object where it hides none too much, or drops it if no such place is found."""
-    sprite_size = np.array(sprite.opaque.shape)
-    # The first object lies wholly inside, so that it always finds its place and no image is empty.
-    overhang = (0.2 * difficulty * sprite_size).astype(int) if scene.names else 0
-    for _ in range(PLACEMENT_TRIES):
-        top, left = rng.integers(-overhang, len(scene.image) - sprite_size + overhang + 1)
-        if scene.add(name, sprite, left, top, min_visible=1 - 0.5 * difficulty):
-            return
-
-
-# --- background: never in the saturated colours of the classes
-
-
-def _muted_colour(rng: np.random.Generator) -> np.ndarray:
-    return _rgb(rng.uniform(0, 360), rng.uniform(0, 0.22), rng.uniform(0.25, 0.9))
-
-
-def _draw_background(rng: np.random.Generator, image_size: int, difficulty: float) -> np.ndarray:
-    image = np.empty((image_size, image_size, 3), dtype=np.float32)
-    image[:] = _muted_colour(rng)
-    image += difficulty * (_slope(rng, image_size) + _grating(rng, image_size))[..., None]
-    image += difficulty * _clouds(rng, image_size)
-    _draw_blobs(rng, image, rng.integers(round(6 * difficulty), round(12 * difficulty) + 1))
-    _draw_lines(rng, image, rng.integers(round(8 * difficulty), round(18 * difficulty) + 1))
-    return image
-
-
-def _slope(rng: np.random.Generator, image_size: int) -> np.ndarray:
-    ramp = np.linspace(-1, 1, image_size, dtype=np.float32)
-    towards_x, towards_y = rng.uniform(-35, 35, size=2).tolist()
-    return towards_x * ramp + towards_y * ramp[:, None]
-
-
-def _grating(rng: np.random.Generator, image_size: int) -> np.ndarray:
-    angle, cycles = rng.uniform(0, np.pi), rng.uniform(4, 20)
-    ramp = np.linspace(0, 2 * np.pi * cycles, image_size, dtype=np.float32)
-    return rng.uniform(0, 14) * np.sin(math.cos(angle) * ramp + math.sin(angle) * ramp[:, None])
-
-
-def _clouds(rng: np.random.Generator, image_size: int) -> np.ndarray:
-    cells = rng.integers(4, 16)
-    coarse = 18 * rng.standard_normal((cells, cells, 1), dtype=np.float32)
-    coarse = coarse + 4 * rng.standard_normal((cells, cells, 3), dtype=np.float32)
-    return cv2.resize(coarse, (image_size, image_size), interpolation=cv2.INTER_CUBIC)
-
-
-def _draw_blobs(rng: np.random.Generator, image: np.ndarray, count: int) -> None:
-    for _ in range(count):
-        corners = rng.integers(3, 12)
-        radii = len(image) * rng.uniform(0.03, 0.14) * rng.uniform(0.6, 1.0, size=(corners, 1))
-        points = rng.uniform(0, len(image), size=2) + radii * _regular_polygon(corners)
-        cv2.fillPoly(image, [points.astype(np.int32)], _muted_colour(rng).tolist())
-
-
-def _draw_lines(rng: np.random.Generator, image: np.ndarray, count: int) -> None:
-    for _ in range(count):
-        start, end = rng.integers(0, len(image), size=(2, 2)).tolist()
-        cv2.line(image, start, end, _muted_colour(rng).tolist(), thickness=int(rng.integers(1, 4)))
-
-
-# --- camera
-
-
-def _degrade(rng: np.random.Generator, image: np.ndarray, difficulty: float) -> np.ndarray:
-    """The image, uint8, with less contrast, other brightness, blur and noise as `difficulty` grows."""
-    contrast = 1 - difficulty * rng.uniform(0.15, 0.45)
-    image = image * contrast + (128 * (1 - contrast) + 25 * difficulty * rng.uniform(-1, 1))
-    sigma = difficulty * rng.uniform(0, 0.9) * len(image) / 160
-    if sigma > 0.2:
-        image = cv2.GaussianBlur(image, (0, 0), sigma)
-    image += difficulty * rng.uniform(5, 18) * rng.standard_normal(image.shape, dtype=np.float32)
-    return np.clip(np.rint(image, out=image), 0, 255, out=image).astype(np.uint8)
-
-
-# --- files
 
 
 def _check_request(counts: Mapping[str, int], image_size: int, seed: int) -> None:
@@ -420,7 +81,7 @@ def _check_request(counts: Mapping[str, int], image_size: int, seed: int) -> Non
         if count < 0:
             raise InputError(f"split {split}: {count} images; must be 0 or more")
     if not sum(counts.values()):
-        raise InputError("no images asked for: every split is empty")
+        raise InputError("no images requested: every split is empty")
     if image_size < MIN_IMAGE_SIZE:
         raise InputError(f"image size {image_size}: must be at least {MIN_IMAGE_SIZE} pixels")
     if seed < 0:
@@ -428,15 +89,15 @@ def _check_request(counts: Mapping[str, int], image_size: int, seed: int) -> Non
 
 
 def _holds(root: Path, request: dict) -> bool:
-    """Whether `root` holds the requested data set; raises `InputError` if it holds anything else."""
+    """Whether `root` holds the requested dataset; raises `InputError` if it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
         found = json.loads((root / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise InputError(f"{root}: exists and is no generated data set (no readable {STAMP})") from None
+        raise InputError(f"{root}: exists, but is not a generated dataset (no readable {STAMP})") from None
     if found != request:
-        raise InputError(f"{root}: holds another data set, {json.dumps(found)}; asked for {json.dumps(request)}")
+        raise InputError(f"{root}: holds another dataset, {json.dumps(found)}; requested: {json.dumps(request)}")
     return True
 
 
@@ -455,7 +116,7 @@ def _write_tree(tree: Path, request: dict) -> None:
 
 
 def _in_processes(write: Callable[[tuple[str, int]], str], images: list[tuple[str, int]]) -> Iterable[str]:
-    """What `write` returns for each image, by as many processes as there are CPUs and as pay."""
+    """Calls `write` for each image, in several processes if there are enough images; yields its results in order."""
     processes = min(available_cpus(), len(images) // IMAGES_PER_PROCESS)
     if processes < 2:
         return map(write, images)
@@ -464,7 +125,7 @@ def _in_processes(write: Callable[[tuple[str, int]], str], images: list[tuple[st
 
 
 def _write_drawing(tree: Path, seed: int, image_size: int, image: tuple[str, int]) -> str:
-    """Draws an image, (split, index); returns its line of difficulty.csv."""
+    """Draws and writes the image (split, index); returns its line of difficulty.csv."""
     split, index = image
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     difficulty = round(rng.uniform(), 4)

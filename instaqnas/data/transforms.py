@@ -1,11 +1,11 @@
-"""Transforms of one sample, in training and in evaluation.
+"""Transforms of one sample for training and evaluation.
 
 A sample is a dict: `image` uint8 tv_tensors.Image [3, H, W], `boxes` tv_tensors.BoundingBoxes [N, 4] as XYXY, `labels`
-int64 [N], `difficult` bool [N]; other entries pass through. What comes out has plain tensors and `image` [3, S, S].
-All randomness is from torch's default generator.
+int64 [N], `difficult` bool [N]; other entries pass through. Transformed samples have plain tensors and `image`
+[3, S, S]. All random numbers come from torch's default generator.
 
-The training transforms draw as torchvision's do and give the same, on one thread in a third of the time: OpenCV works
-on pixels in the order they have in memory, [H, W, 3], and no step searches the sample for images and boxes.
+The training transforms draw the same numbers as torchvision's and give the same result, in a third of the time on one
+thread: OpenCV works on pixels in their memory order [H, W, 3], and no step searches the sample for images and boxes.
 """
 
 from __future__ import annotations
@@ -24,33 +24,34 @@ from torchvision.transforms.v2 import functional
 
 from instaqnas.pixels import MEAN_PIXEL
 
-GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # of R, G, B; torchvision's
-MEAN_FRACTION = 0.5  # of a grey level: what rounding down takes away, and OpenCV's rounding to the nearest does not
+GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # of R, G, B, as in torchvision
+MEAN_FRACTION = 0.5  # grey levels: torchvision rounds down, OpenCV to the nearest; the means differ by this
+
 Sample = dict[str, Any]
 SampleTransform = Callable[[Sample], Sample]
 
 
 def flip_transform(image_size: int, *, vertical_flip: bool) -> SampleTransform:
-    """Resize to `image_size` squared and flip; difficult objects are dropped, as in `train_transform`."""
+    """Drops difficult objects, resizes to `image_size` squared and flips."""
     return v2.Compose([drop_difficult, ResizeAndFlip(whole_image, image_size, vertical_flip=vertical_flip)])
 
 
 def train_transform(image_size: int, *, vertical_flip: bool) -> SampleTransform:
     """Zoom-out, IoU crop, resize to `image_size` squared, flip and photometric distortion (SSD paper, section 2.2).
 
-    Difficult objects are dropped first: they are neither learned nor, in the IoU crop, aimed at. Objects whose centre
-    is cropped away or whose box becomes smaller than a pixel are dropped; that may leave none.
+    Difficult objects are dropped first, so they are not learned and the IoU crop does not keep them in view. Objects
+    whose centre is cropped away or whose box gets smaller than a pixel are dropped as well, possibly all objects.
     """
     return v2.Compose([
         drop_difficult,
         ResizeAndFlip(ZoomOutAndCrop(), image_size, vertical_flip=vertical_flip),
-        # The paper distorts first. On the small image it costs a fifth; the one difference is that the fill is tinted.
+        # The paper distorts first. Here it takes a fifth of the time, and only differs in distorting the fill as well.
         RandomPhotometricDistort(),
     ])  # fmt: skip
 
 
 def eval_transform(image_size: int) -> SampleTransform:
-    """Resize to `image_size` squared; keeps all objects, difficult ones too."""
+    """Resizes to `image_size` squared and keeps all objects, also difficult ones."""
     return v2.Compose([v2.Resize((image_size, image_size), antialias=True), v2.ToPureTensor()])
 
 
@@ -63,23 +64,23 @@ def drop_difficult(sample: Sample) -> Sample:
 
 
 class View(NamedTuple):
-    """A rectangle in an image's pixels, which may reach beyond the image, and which objects it shows, bool [N]."""
+    """A rectangle in pixels, which may extend beyond the image, and the objects in it."""
 
     left: int
     top: int
     right: int
     bottom: int
-    shown: np.ndarray
+    shown: np.ndarray  # bool [N]
 
 
 def whole_image(boxes: tv_tensors.BoundingBoxes) -> View:
-    """The view of the image as it is."""
+    """The view of the whole image."""
     height, width = boxes.canvas_size
     return View(0, 0, width, height, np.ones(boxes.shape[0], bool))
 
 
 class ZoomOutAndCrop:
-    """Draws the view that is left by `v2.RandomZoomOut` and then `RandomIoUCrop`."""
+    """Draws the view that results from `v2.RandomZoomOut` followed by `RandomIoUCrop`."""
 
     def __init__(self) -> None:
         self.zoom_out = v2.RandomZoomOut(side_range=(1.0, 2.0), p=0.5)
@@ -102,10 +103,11 @@ class ZoomOutAndCrop:
 
 @dataclass(frozen=True)
 class ResizeAndFlip:
-    """Cuts out a view, resizes it to `image_size` squared and flips it, each way one time in two.
+    """Cuts out a view, resizes it to `image_size` squared, and flips it in each direction with probability 1/2.
 
-    Objects that the view does not show, or with less than a pixel in width or height, are dropped. Boxes are clipped
-    to the image last: the resize rounds, and `v2.SanitizeBoundingBoxes` drops a box that is a hair outside.
+    Objects outside the view, and objects narrower or lower than a pixel, are dropped. Boxes are clipped afterwards,
+    because scaled coordinates are rounded and can exceed the image by an ulp; `v2.SanitizeBoundingBoxes` would drop
+    such boxes.
     """
 
     draw_view: Callable[[tv_tensors.BoundingBoxes], View]
@@ -129,18 +131,18 @@ class ResizeAndFlip:
 
 
 class RandomIoUCrop(v2.RandomIoUCrop):
-    """torchvision's IoU crop with all trials of a round judged at once: the same distribution in a tenth of the time.
+    """torchvision's IoU crop with all trials of a round evaluated at once: same distribution, a tenth of the time.
 
     An image without objects is not cropped.
     """
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         boxes = next(x for x in flat_inputs if isinstance(x, tv_tensors.BoundingBoxes))
-        size = np.float32(boxes.canvas_size[::-1])  # width, height
+        size = np.array(boxes.canvas_size[::-1], np.float32)  # width, height
         boxes_xyxy = boxes.as_subclass(Tensor).numpy()
         while len(boxes_xyxy):
             min_iou = self.options[int(torch.randint(len(self.options), ()))]
-            if min_iou >= 1:  # the option "leave as is"
+            if min_iou >= 1:  # the option "no crop"
                 break
             crops_xyxy, legal = self._draw_crops(size)
             inside = _holds_centres(crops_xyxy, boxes_xyxy)  # [trials, N]
@@ -158,7 +160,7 @@ class RandomIoUCrop(v2.RandomIoUCrop):
         return {}
 
     def _draw_crops(self, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One round of crops, [trials, 4] in whole pixels, and which of them have a legal shape, [trials]."""
+        """One round of crops xyxy, [trials, 4] in whole pixels, and a mask of legal shapes, [trials]."""
         scale = self.min_scale + (self.max_scale - self.min_scale) * torch.rand(self.trials, 2).numpy()
         crop_size = np.floor(size * scale)
         left_top = np.floor((size - crop_size) * torch.rand(self.trials, 2).numpy())
@@ -168,7 +170,7 @@ class RandomIoUCrop(v2.RandomIoUCrop):
 
 
 class RandomPhotometricDistort(v2.RandomPhotometricDistort):
-    """torchvision's photometric distortion, done by OpenCV: the same but for rounding, in a sixth of the time."""
+    """torchvision's photometric distortion on OpenCV: equal up to rounding, in a sixth of the time."""
 
     def forward(self, sample: Sample) -> Sample:
         image = sample["image"]
@@ -193,14 +195,16 @@ class RandomPhotometricDistort(v2.RandomPhotometricDistort):
 
 
 def _holds_centres(crops_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
-    left, top, right, bottom = crops_xyxy.T[..., None]  # [trials, 1] each, against [N]
+    """Whether the centre of each box lies in each crop, bool [trials, N]."""
+    left, top, right, bottom = crops_xyxy.T[..., None]  # [trials, 1] each, to broadcast with [N]
     x1, y1, x2, y2 = boxes_xyxy.T
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
     return (left < x) & (x < right) & (top < y) & (y < bottom)
 
 
 def _iou(crops_xyxy: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
-    left, top, right, bottom = crops_xyxy.T[..., None]  # [trials, 1] each, against [N]
+    """IoU of each crop and each box, [trials, N]."""
+    left, top, right, bottom = crops_xyxy.T[..., None]  # [trials, 1] each, to broadcast with [N]
     x1, y1, x2, y2 = boxes_xyxy.T
     shared_width = np.maximum(np.minimum(right, x2) - np.maximum(left, x1), 0)
     shared_height = np.maximum(np.minimum(bottom, y2) - np.maximum(top, y1), 0)
@@ -223,30 +227,35 @@ def _adjust_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _adjust_hue(pixels: np.ndarray, turn: float) -> np.ndarray:
-    # 8-bit HSV would be off by ten grey levels.
-    hsv = cv2.cvtColor(pixels.astype(np.float32), cv2.COLOR_RGB2HSV)
+    # In float32, because 8-bit HSV has errors of ten grey levels.
+    hsv: np.ndarray = cv2.cvtColor(pixels.astype(np.float32), cv2.COLOR_RGB2HSV)
     hsv[..., 0] += 360 * (turn % 1)
-    # torchvision maps 0..1 to 0..255.999 and rounds down.
+    # torchvision scales 0..1 to 0..255.999 and rounds down.
     return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), alpha=255.999 / 255, beta=-MEAN_FRACTION)
 
 
 def _affine(pixels: np.ndarray, matrix: np.ndarray, offset: float) -> np.ndarray:
-    """`matrix` times each RGB plus `offset`, in uint8 again: clipped and, as torchvision does, rounded down."""
+    """`matrix` @ RGB + `offset` of each pixel, as uint8: clipped and rounded down as in torchvision."""
     return cv2.transform(pixels, np.concatenate([matrix, np.full((3, 1), offset - MEAN_FRACTION)], 1))
 
 
 def _cut(image: Tensor, view: View) -> Tensor:
-    """The `view` of `image`, `MEAN_PIXEL` outside of it; channels-last in memory, which `resize_image` is fast on."""
+    """The `view` of `image`, filled with `MEAN_PIXEL` outside of the image.
+
+    It is channels-last in memory, on which `resize_image` is fastest.
+    """
     pixels = _to_pixels(image)
     height, width = pixels.shape[:2]
     visible = pixels[max(view.top, 0) : view.bottom, max(view.left, 0) : view.right]
-    border = [max(side, 0) for side in (-view.top, view.bottom - height, -view.left, view.right - width)]
-    cut = cv2.copyMakeBorder(visible, *border, cv2.BORDER_CONSTANT, value=(MEAN_PIXEL,) * 3)
+    above, below = max(-view.top, 0), max(view.bottom - height, 0)
+    left, right = max(-view.left, 0), max(view.right - width, 0)
+    fill = (MEAN_PIXEL, MEAN_PIXEL, MEAN_PIXEL)
+    cut = cv2.copyMakeBorder(visible, above, below, left, right, cv2.BORDER_CONSTANT, value=fill)
     return torch.from_numpy(cut).permute(2, 0, 1)
 
 
 def _to_pixels(image: Tensor) -> np.ndarray:
-    """[H, W, 3], dense."""
+    """The pixels of an image [3, H, W] as a contiguous array [H, W, 3]."""
     return np.ascontiguousarray(image.as_subclass(Tensor).permute(1, 2, 0).numpy())
 
 

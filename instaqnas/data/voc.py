@@ -1,10 +1,10 @@
-"""Reads images and boxes in PASCAL VOC layout.
+"""Reads datasets in PASCAL VOC layout.
 
-    ROOT/labels.txt                   class names, one a line, without background; absent: the 20 VOC classes
-    ROOT/ImageSets/Main/SPLIT.txt     one image id a line; further columns are ignored
-    ROOT/Annotations/ID.xml
+    ROOT/labels.txt                   class names, one per line, without background; if absent, the 20 VOC classes
+    ROOT/ImageSets/Main/SPLIT.txt     one image id per line; further columns are ignored
+    ROOT/Annotations/ID.xml           objects, see voc_xml.py
     ROOT/JPEGImages/ID.jpg            or .jpeg, .png
-    ROOT/difficulty.csv               how hard each image is, where that is known
+    ROOT/difficulty.csv               difficulty of images, optional
 
 Several roots can be joined, as in VOC07+12.
 """
@@ -17,13 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
-from xml.etree import ElementTree
+from typing import Literal, NoReturn
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from instaqnas.data.voc_xml import KnownClasses, finite_number, parse_annotation
 from instaqnas.errors import InputError
 
 VOC_CLASSES = (
@@ -31,28 +31,25 @@ VOC_CLASSES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-MAX_XML_BYTES = 10_000_000
 MAX_NAMED_OBJECTS = 10  # in a warning
 DIFFICULTY_HEADER = "image_id,difficulty"
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
     """One image and its N objects.
 
-    NumPy arrays, because tensors would be sent to worker processes as one open file each.
+    The arrays are NumPy's, because each tensor would be sent to worker processes as an open file.
 
     Args:
-        image_id: its line in the split file.
+        image_id: from the split file.
         image_path: the image file.
         boxes_xyxy: float32 [N, 4], continuous pixels counted from 0, inside [0, width] x [0, height].
         labels: int64 [N], 1 for the first class name (0 is background).
         difficult: bool [N].
         width: of the stored image, in pixels.
         height: of the stored image, in pixels.
-        difficulty: of the whole image, from the root's difficulty.csv; NaN where it is not known.
+        difficulty: of the image, from the root's difficulty.csv; NaN if unknown.
     """
 
     image_id: str
@@ -67,13 +64,13 @@ class Annotation:
 
 @dataclass(frozen=True)
 class SplitCheck:
-    """What one split holds.
+    """The contents of one split and all its problems.
 
     Args:
-        images: images with a readable annotation.
-        objects: their objects, those without area left out.
-        without_area: these objects, such as `a.xml object 1`.
-        problems: what reading the split would stop at, one line each.
+        images: number of images with a readable annotation.
+        objects: number of their objects, without boxes that have no area.
+        without_area: the objects whose box has no area, such as `a.xml object 1`.
+        problems: the errors that reading the split would raise, one line each.
     """
 
     images: int
@@ -82,23 +79,12 @@ class SplitCheck:
     problems: list[str]
 
 
-class _Classes(NamedTuple):
-    label_of: dict[str, int]
-    source: str  # where the names are from, for messages
-
-
-class _Object(NamedTuple):
-    box_xyxy: Box | None  # None: no area
-    label: int
-    difficult: bool
-
-
 def read_class_names(roots: Sequence[str | Path]) -> tuple[str, ...]:
-    """The class names of all `roots`, without background: those of labels.txt, or else `VOC_CLASSES`.
+    """The class names of all `roots`, without background: from labels.txt if there is one, else `VOC_CLASSES`.
 
     Raises:
-        InputError: no root, a root not in VOC layout, roots that disagree, or a labels.txt that is empty, repeats a
-            name or lists the background.
+        InputError: no root, a root not in VOC layout, roots with different names, or a labels.txt that is empty,
+            repeats a name or lists the background.
     """
     if not roots:
         raise InputError("no data root given")
@@ -113,9 +99,8 @@ def read_class_names(roots: Sequence[str | Path]) -> tuple[str, ...]:
 def read_split(roots: Sequence[str | Path], split: str, class_names: Sequence[str]) -> list[Annotation]:
     """The annotations of one split of all `roots`, in the order of the split files.
 
-    VOC's inclusive pixels counted from 1, (xmin, ymin, xmax, ymax), become (xmin - 1, ymin - 1, xmax, ymax). Boxes are
-    clipped to the image. Those without area in the file's own numbers (xmin = xmax or ymin = ymax: a slip of the mouse)
-    are dropped, and one warning names them. `<path>` and `<filename>` are not followed.
+    Boxes are converted as in `parse_annotation`. Boxes without area (drawn by accident) are dropped, and one warning
+    names them.
 
     Raises:
         InputError: wrong root, unknown or empty split, missing or broken file, wrong field; it names file and field.
@@ -130,13 +115,13 @@ def read_split(roots: Sequence[str | Path], split: str, class_names: Sequence[st
 
 
 def read_difficulties(root: str | Path) -> dict[str, float]:
-    """The difficulty of images by their ids, from the root's difficulty.csv; none where it has no such file.
+    """Difficulty by image id, from the root's difficulty.csv; empty without such a file.
 
-    The file has the line `image_id,difficulty`, then one for each image, such as `train_000000,0.25`. What the numbers
-    mean is up to the data set; higher is harder. Images may be missing.
+    The first line of the file is `image_id,difficulty`; further lines are like `train_000000,0.25`. Higher numbers are
+    harder, on a scale of the dataset's own. Images may be missing.
 
     Raises:
-        InputError: another first line, a line that is not an id and a number, or an id that comes twice.
+        InputError: another first line, a line that is not an id and a number, or an id that is listed twice.
     """
     path = Path(root) / "difficulty.csv"
     if not path.is_file():
@@ -149,17 +134,17 @@ def read_difficulties(root: str | Path) -> dict[str, float]:
         if number == 1 or not line:
             continue
         image_id, _, text = line.rpartition(",")
-        difficulty = _finite_number(text)
+        difficulty = finite_number(text)
         if not image_id or difficulty is None:
             raise InputError(f"{where}: expected an image id, a comma and a number, got {line!r}")
         if image_id in difficulties:
-            raise InputError(f"{where}: {image_id!r} comes a second time")
+            raise InputError(f"{where}: {image_id!r} is listed twice")
         difficulties[image_id] = difficulty
     return difficulties
 
 
 def check_split(roots: Sequence[str | Path], split: str, class_names: Sequence[str]) -> SplitCheck:
-    """Reads every annotation and every image header of one split of all `roots`, and goes on after what is wrong."""
+    """Reads all annotations and image headers of one split of all `roots`; collects problems instead of raising."""
     errors: list[InputError] = []
     annotations, dropped = _read_annotations(roots, split, class_names, errors.append)
     for annotation in annotations:
@@ -174,7 +159,7 @@ def check_split(roots: Sequence[str | Path], split: str, class_names: Sequence[s
 
 
 def check_image_header(annotation: Annotation) -> None:
-    """Raises InputError if an image file cannot be opened, or its header gives another size than the annotation."""
+    """Raises InputError if an image cannot be opened, or if its header gives another size than the annotation."""
     path = annotation.image_path
     try:
         with Image.open(path) as image:
@@ -183,13 +168,13 @@ def check_image_header(annotation: Annotation) -> None:
         raise InputError(f"{path}: not a readable image") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # a damaged or an absurd header
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # damaged header, or huge size
         raise InputError(f"{path}: not a readable image ({error})") from error
     check_size(annotation, *size)
 
 
 def check_size(annotation: Annotation, width: int, height: int) -> None:
-    """Raises InputError unless the image file, of `width` x `height` pixels, is as large as the annotation says."""
+    """Raises InputError if `width` x `height`, the size of the image file, is not the size in the annotation."""
     if (width, height) != (annotation.width, annotation.height):
         raise InputError(
             f"{annotation.image_path}: {width} x {height} pixels, but its annotation says "
@@ -200,7 +185,7 @@ def check_size(annotation: Annotation, width: int, height: int) -> None:
 def read_image(path: str | Path, orientation: Literal["stored", "upright"] = "stored") -> np.ndarray:
     """The pixels of an image file: uint8 [height, width, 3], RGB.
 
-    `stored` ignores an EXIF orientation, because VOC boxes are in stored pixels; `upright` turns the image as it says.
+    `stored` ignores an EXIF orientation, because VOC boxes refer to stored pixels; `upright` applies it.
 
     Raises:
         InputError: the file cannot be read or decoded.
@@ -229,7 +214,7 @@ def _named(roots: Sequence[str | Path], split: str) -> str:
 def _read_annotations(
     roots: Sequence[str | Path], split: str, class_names: Sequence[str], on_error: Callable[[InputError], None]
 ) -> tuple[list[Annotation], list[str]]:
-    """The annotations of a split, and the names of its objects without area; goes on if `on_error` returns."""
+    """Annotations of a split, and names of its objects without area; continues after an error if `on_error` returns."""
     label_of = {name: label for label, name in enumerate(class_names, start=1)}
     annotations: list[Annotation] = []
     without_area: list[str] = []
@@ -241,7 +226,7 @@ def _read_annotations(
         except InputError as error:
             on_error(error)
             continue
-        classes = _Classes(label_of, _labels_source(root))
+        classes = KnownClasses(label_of, _labels_source(root))
         for image_id in ids:
             try:
                 annotation, zero_area = _read_annotation(root, image_id, classes)
@@ -294,7 +279,7 @@ def _read_root_classes(root: Path) -> tuple[str, ...]:
         if count > 1:
             raise InputError(f"{path}: class {name!r} is listed {count} times")
         if name.strip("_").casefold() == "background":
-            raise InputError(f"{path}: {name!r} must not be listed, class 0 is background anyway")
+            raise InputError(f"{path}: {name!r} must not be listed; class 0 is always background")
     return names
 
 
@@ -302,7 +287,7 @@ def _read_ids(root: Path, split: str, class_names: Sequence[str]) -> list[str]:
     folder = root / "ImageSets" / "Main"
     path = folder / f"{split}.txt"
     if not path.is_file():
-        # VOC also has one file per class and split, as cat_train.txt; they would drown the few that matter.
+        # VOC also has a file per class and split, such as cat_train.txt; they would bury the few split names.
         stems = sorted(file.stem for file in folder.glob("*.txt"))
         known = [stem for stem in stems if not any(stem.startswith(f"{name}_") for name in class_names)]
         raise InputError(f"{folder}: no split {split!r}; known: {_join(known) or 'none'}")
@@ -315,26 +300,20 @@ def _read_ids(root: Path, split: str, class_names: Sequence[str]) -> list[str]:
     return ids
 
 
-def _read_annotation(root: Path, image_id: str, classes: _Classes) -> tuple[Annotation, list[int]]:
-    """The annotation of one image, and the numbers of its objects without area, which are left out of it."""
-    path = root / "Annotations" / f"{image_id}.xml"
-    tree = _parse_xml(path)
-    width, height = _read_size(tree, path)
-    objects = [
-        _read_object(node, f"{path}: object {i}", classes, width, height)
-        for i, node in enumerate(tree.findall("object"))
-    ]
-    kept = [o for o in objects if o.box_xyxy is not None]
+def _read_annotation(root: Path, image_id: str, classes: KnownClasses) -> tuple[Annotation, list[int]]:
+    """The annotation of one image without its objects that have no area, and the numbers of these objects."""
+    xml = parse_annotation(root / "Annotations" / f"{image_id}.xml", classes)
+    kept = [o for o in xml.objects if o.box_xyxy is not None]
     annotation = Annotation(
         image_id,
         _find_image(root, image_id),
         np.array([o.box_xyxy for o in kept], np.float32).reshape(-1, 4),
         np.array([o.label for o in kept], np.int64),
         np.array([o.difficult for o in kept], bool),
-        width,
-        height,
+        xml.width,
+        xml.height,
     )
-    return annotation, [i for i, o in enumerate(objects) if o.box_xyxy is None]
+    return annotation, [i for i, o in enumerate(xml.objects) if o.box_xyxy is None]
 
 
 def _find_image(root: Path, image_id: str) -> Path:
@@ -343,85 +322,3 @@ def _find_image(root: Path, image_id: str) -> Path:
         if path.is_file():
             return path
     raise InputError(f"{root / 'JPEGImages' / image_id}.jpg: no such image, nor as {_join(IMAGE_SUFFIXES[1:])}")
-
-
-class _RefuseDoctype(ElementTree.TreeBuilder):
-    """Entities can only be declared in a document type; a search for its text would miss other encodings."""
-
-    def doctype(self, *_: object) -> None:
-        raise InputError("<!DOCTYPE is not accepted")
-
-
-def _parse_xml(path: Path) -> ElementTree.Element:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_XML_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(content) > MAX_XML_BYTES:
-        raise InputError(f"{path}: larger than {MAX_XML_BYTES} bytes")
-    try:
-        return ElementTree.fromstring(content, ElementTree.XMLParser(target=_RefuseDoctype()))
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two: unusable encodings
-        raise InputError(f"{path}: not well-formed XML: {error}") from error
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _read_number(node: ElementTree.Element, tag: str, where: str) -> float:
-    text = node.findtext(tag)
-    if text is None:
-        raise InputError(f"{where}: no {tag}")
-    value = _finite_number(text)
-    if value is None:
-        raise InputError(f"{where}: {tag} is not a number: {text!r}")
-    return value
-
-
-def _finite_number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _read_size(tree: ElementTree.Element, path: Path) -> tuple[int, int]:
-    size = tree.find("size")
-    if size is None:
-        raise InputError(f"{path}: no size")
-    width, height = (int(_read_number(size, tag, f"{path}: size")) for tag in ("width", "height"))
-    if width < 1 or height < 1:
-        raise InputError(f"{path}: size: {width} x {height} is not positive")
-    return width, height
-
-
-def _read_object(node: ElementTree.Element, where: str, classes: _Classes, width: int, height: int) -> _Object:
-    name = (node.findtext("name") or "").strip()
-    if not name:
-        raise InputError(f"{where}: no name")
-    if name not in classes.label_of:
-        raise InputError(f"{where}: class {name!r} is not in {classes.source}; known: {_join(classes.label_of)}")
-    difficult = (node.findtext("difficult") or "0").strip()
-    if difficult not in ("0", "1"):
-        raise InputError(f"{where}: difficult is neither 0 nor 1: {difficult!r}")
-    bndbox = node.find("bndbox")
-    if bndbox is None:
-        raise InputError(f"{where}: no bndbox")
-    return _Object(_read_box(bndbox, where, width, height), classes.label_of[name], difficult == "1")
-
-
-def _read_box(bndbox: ElementTree.Element, where: str, width: int, height: int) -> Box | None:
-    xmin, ymin, xmax, ymax = (_read_number(bndbox, tag, where) for tag in ("xmin", "ymin", "xmax", "ymax"))
-    if xmax < xmin:
-        raise InputError(f"{where}: xmax {xmax:g} < xmin {xmin:g}")
-    if ymax < ymin:
-        raise InputError(f"{where}: ymax {ymax:g} < ymin {ymin:g}")
-    if xmin == xmax or ymin == ymax:
-        return None
-    x1, y1, x2, y2 = max(xmin - 1, 0.0), max(ymin - 1, 0.0), min(xmax, float(width)), min(ymax, float(height))
-    if x1 >= x2 or y1 >= y2:
-        raise InputError(
-            f"{where}: box {xmin:g} {ymin:g} {xmax:g} {ymax:g} lies outside the image of {width} x {height}"
-        )
-    return x1, y1, x2, y2

@@ -1,10 +1,10 @@
-"""A file for deployment: integer weights bit-packed at their own bit-widths, and all that running them needs.
+"""A file for deployment: bit-packed integer weights, and everything else that inference needs.
 
-Weights of every choice are integers of their bit-width, packed without gaps and then deflated; nested weights are
-stored once, at the widest bit-width. Beside them stand the rescale of every layer and choice (folded BatchNorm), the
-grids of the inputs, the default boxes, the class names, the settings of post-processing and the policy, so that neither
-config nor training checkpoint is needed. The file is a zip container of `torch.save`, written and checked as training
-checkpoints are.
+The weights of every choice are integers of its bit-width, packed without gaps and then deflated; nested weights are
+stored once, at the widest bit-width. The file also holds the rescale of every layer and choice (folded BatchNorm), the
+grids of the inputs, the default boxes, the class names, the settings of post-processing and the policy: inference needs
+neither config nor training checkpoint. It is a zip container of `torch.save`, written and checked like training
+checkpoints.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from instaqnas.bits import BitChoice
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
-from instaqnas.config import EvalConfig, from_plain
+from instaqnas.config.reading import from_plain
+from instaqnas.config.settings import EvalConfig
 from instaqnas.detector.mobilenet import stem_channels
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
@@ -28,7 +30,7 @@ from instaqnas.policy.network import PolicyNet, effort_of, policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.integer import InputGrid, IntegerConv2d, integer_conv, replace_convolutions
 from instaqnas.quant.quantizers import DoReFaWeights, NestedWeights
-from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
+from instaqnas.quant.switchable import SwitchableConv2d
 
 STAGE = "packed"
 VERSION = 2
@@ -37,7 +39,7 @@ TABLES = ("step", "lowest", "highest", "scale", "shift")
 
 @dataclass(frozen=True)
 class Architecture:
-    """Arguments of `SwitchableSSD` and `PolicyNet` from which their layers are built again."""
+    """Arguments of `SwitchableSSD` and `PolicyNet`, to build their layers again."""
 
     bits: DetectorBits
     image_size: int
@@ -46,11 +48,11 @@ class Architecture:
     policy_pool: int
     policy_width: int
     policy_bits: BitChoice
-    policy_input: Literal["image", "stem"] = "image"  # files from before there was a choice do not say it
+    policy_input: Literal["image", "stem"] = "image"  # the default is for files that predate the setting
     policy_effort: bool = False  # likewise
 
     def detector(self, classes: int) -> SwitchableSSD:
-        """The detector, its weights not meant to be used; `classes` with background."""
+        """A detector with untrained weights; `classes` counts the background."""
         detector = SwitchableSSD(
             classes,
             self.bits,
@@ -63,7 +65,7 @@ class Architecture:
         return detector
 
     def policy(self, positions: int) -> PolicyNet:
-        """The policy, likewise."""
+        """A policy with untrained weights."""
         return PolicyNet(
             positions,
             len(self.bits.choices),
@@ -86,10 +88,13 @@ class Architecture:
 
 @dataclass(frozen=True)
 class IntegerModel:
-    """A detector and its policy, both on integers, in evaluation.
+    """A detector and its policy, integer-exact and in eval mode.
 
-    `class_names` are without background, `costs` of the detector, `policy_gbitops` of one decision, `settings` those of
-    post-processing.
+    Args:
+        class_names: without background.
+        costs: GBitOps of the detector's configurations.
+        policy_gbitops: cost of one decision.
+        settings: of post-processing.
     """
 
     detector: SwitchableSSD
@@ -104,7 +109,7 @@ class IntegerModel:
 
 
 def pack_bits(values: np.ndarray, bits: int) -> bytes:
-    """Integers 0 to 2^bits - 1, uint8 [n], `bits` up to 8, as a stream without gaps, lowest bit first."""
+    """Packs integers 0 to 2^bits - 1, uint8 [n], 1 <= bits <= 8, into a stream without gaps, lowest bit first."""
     planes = np.unpackbits(values[:, None], axis=1, count=bits, bitorder="little")
     return np.packbits(planes, bitorder="little").tobytes()
 
@@ -112,7 +117,7 @@ def pack_bits(values: np.ndarray, bits: int) -> bytes:
 def unpack_bits(stream: bytes, bits: int, count: int) -> np.ndarray:
     """The inverse of `pack_bits`: uint8 [count].
 
-    Raises: ValueError if the stream is of another length.
+    Raises: ValueError if the stream has another length.
     """
     if len(stream) != (count * bits + 7) // 8:
         raise ValueError(f"{len(stream)} bytes for {count} values of {bits} bits")
@@ -124,6 +129,7 @@ def unpack_bits(stream: bytes, bits: int, count: int) -> np.ndarray:
 
 
 def _packed_layer(layer: SwitchableConv2d, name: str) -> dict[str, Any]:
+    """Weight streams and tables of a layer; `name` is for messages."""
     integer = integer_conv(layer, name)
     is_odd = isinstance(layer.weight_quantizer, NestedWeights | DoReFaWeights)  # levels 2q + 1
     values = (integer.weight.int() - 1) >> 1 if is_odd else integer.weight.int()
@@ -146,7 +152,7 @@ def _packed_layer(layer: SwitchableConv2d, name: str) -> dict[str, Any]:
 
 
 def _unpacked_layer(layer: SwitchableConv2d, packed: dict[str, Any]) -> IntegerConv2d:
-    """The integer form of `layer`, which gives shapes and bits, with the values of `packed`."""
+    """The integer convolution with shapes and bits of `layer` and the values of `packed`."""
     choices, shape = len(layer.choices), layer.weight.shape[-4:]
     widths = [weight_bits for weight_bits, _ in layer.choices]
     stored = [max(widths)] if packed["nested"] else widths
@@ -186,9 +192,14 @@ def save_packed(
     class_names: Sequence[str],
     settings: EvalConfig,
 ) -> None:
-    """Writes the deployment file of a trained detector and policy that `architecture` describes.
+    """Writes the deployment file of a trained detector and its policy. Moves both to the CPU.
 
-    `settings` are those of post-processing.
+    Args:
+        path: file to write.
+        detector, policy: trained networks.
+        architecture: builds networks of their shapes.
+        class_names: without background.
+        settings: of post-processing.
 
     Raises: InputError if a layer has no integer form (`integer_conv`); TrainingError if the file cannot be written.
     """
@@ -212,7 +223,7 @@ def save_packed(
 
 
 def load_packed(path: Path) -> IntegerModel:
-    """The integer-exact detector and policy of a file of `save_packed`.
+    """Reads a file of `save_packed`.
 
     Raises: InputError if the file is missing, damaged, or not of this format.
     """
@@ -237,21 +248,26 @@ def load_packed(path: Path) -> IntegerModel:
             replace_convolutions(network, layers)
         where = "default_boxes_cxcywh"
         boxes = state["default_boxes_cxcywh"]
-        if boxes.shape != detector.default_boxes_cxcywh.shape or boxes.dtype != torch.float32:
-            raise ValueError(f"expected float32 {list(detector.default_boxes_cxcywh.shape)}")
+        _check_like(boxes, detector.default_boxes_cxcywh)
         effort = None
         if policy.effort is not None:
             where = "effort"
+            # Files that predate the table have the one that `PolicyNet` starts from.
             effort = state.get("effort", torch.tensor(effort_of(architecture.bits.choices)).expand(policy.effort.shape))
-            if effort.shape != policy.effort.shape or effort.dtype != torch.float32:
-                raise ValueError(f"expected float32 {list(policy.effort.shape)}")
+            _check_like(effort, policy.effort)
         where = "eval"
         settings = from_plain({"data": {"roots": [str(path)]}, "eval": state["eval"]}).eval  # roots have no default
     except (InputError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, zlib.error) as error:
-        raise InputError(f"{path}: {where}: not as this program packs it ({error})") from error
+        raise InputError(f"{path}: {where}: invalid ({error}); pack the run again") from error
     detector.default_boxes_cxcywh = boxes
     policy.effort = effort
     return IntegerModel(detector.eval(), policy.eval(), class_names, costs, policy_cost, settings)
+
+
+def _check_like(tensor: Tensor, expected: Tensor) -> None:
+    """Raises ValueError if `tensor` is not float32 of the shape of `expected`."""
+    if tensor.shape != expected.shape or tensor.dtype != torch.float32:
+        raise ValueError(f"expected float32 {list(expected.shape)}")
 
 
 def _convolutions(network: nn.Module) -> list[tuple[str, SwitchableConv2d]]:
@@ -259,7 +275,7 @@ def _convolutions(network: nn.Module) -> list[tuple[str, SwitchableConv2d]]:
 
 
 def _listed(value: Any) -> Any:
-    """`value` with lists for tuples: what a checkpoint's reader returns is what was written."""
+    """`value` with lists for tuples, as a checkpoint's reader returns it."""
     if isinstance(value, dict):
         return {key: _listed(item) for key, item in value.items()}
     return [_listed(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,7 @@
-"""Default boxes of SSD (Liu et al., ECCV 2016, section 2.2): where they lie, how objects are matched and encoded."""
+"""Default boxes of SSD: their places and sizes, the matching of objects to them, and the encoding of boxes.
+
+Source: Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, section 2.2.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ BOXES_PER_CELL = 2 + 2 * len(ASPECT_RATIOS)
 CENTER_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
 MATCH_IOU = 0.5
 
-# Of the public MobileNetV1-SSD: strides of the six maps, and the ends of their adjoining size ranges, in pixels.
+# The published MobileNetV1-SSD, in pixels: strides of the six maps, and box sizes; map k takes sizes k and k + 1.
 STRIDES = {300: (16, 32, 64, 100, 150, 300), 224: (16, 32, 56, 112, 224, 224), 112: (16, 28, 56, 112, 112, 112)}
 RANGE_ENDS = {
     300: (60, 105, 150, 195, 240, 285, 330),
@@ -24,21 +27,21 @@ RANGE_ENDS = {
 
 
 def size_ranges(image_size: int) -> list[tuple[int, int]]:
-    """(smaller, larger) default-box size of each of the six maps in pixels, for objects of all sizes as in VOC."""
+    """(smaller, larger) default-box size of each of the six maps in pixels, about 20 % to 110 % of the image."""
     ends = RANGE_ENDS.get(image_size) or [image_size * (20 + 15 * k) // 100 for k in range(7)]
     return list(zip(ends, ends[1:], strict=False))
 
 
 def default_boxes(image_size: int, maps: Sequence[int], box_sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
-    """Default boxes as centre x, centre y, width, height in units of the image side, clamped to [0, 1].
+    """Default boxes as (centre x, centre y, width, height) in units of the image side, clamped to [0, 1].
 
-    Per cell, row by row: a square of the map's smaller size, one of the geometric mean of its two sizes, and for
-    each aspect ratio r the box (s * sqrt r, s / sqrt r) and its transpose.
+    The six boxes of a cell, for a map of sizes s < t and aspect ratios r = 2, 3: s x s, sqrt(s t) x sqrt(s t), and
+    (s sqrt r) x (s / sqrt r) with its transpose for each r. Maps follow each other, cells run row by row.
 
     Args:
         image_size: side of the image in pixels.
         maps: cells per side of the six feature maps.
-        box_sizes: (smaller, larger) size of each map in pixels; None takes those of the image size.
+        box_sizes: (smaller, larger) size of each map in pixels; None for `size_ranges(image_size)`.
 
     Returns: [P, 4], P = 6 * sum(maps ** 2).
     """
@@ -75,15 +78,16 @@ def decode(offsets: Tensor, defaults_cxcywh: Tensor) -> Tensor:
 
 
 def match(defaults_xyxy: Tensor, boxes_xyxy: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The object that each default box stands for, batched.
+    """Assigns objects to default boxes, batched.
 
-    A default box takes the object that it overlaps most, if by IoU 0.5 or more; each object also takes the default
-    box that it overlaps most, whatever the IoU (of several objects with the same best box, the last).
+    A default box takes the object with which it has the highest IoU, if that is 0.5 or more. In addition every object
+    gets the default box with which it has the highest IoU, however low; if several objects share that box, the last one
+    gets it.
 
     Args:
         defaults_xyxy: [P, 4].
         boxes_xyxy: [B, N, 4] in the same units.
-        labels: [B, N], 0 where there is no object.
+        labels: [B, N], 0 for padding.
 
     Returns: labels [B, P], 0 for background, and boxes [B, P, 4], arbitrary where the label is 0.
     """

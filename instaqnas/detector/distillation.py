@@ -1,4 +1,4 @@
-"""Distillation: a quantized detector learns the outputs of the full-precision one (Hinton et al., 2015)."""
+"""Distillation: the quantized detector learns from the outputs of the full-precision one (Hinton et al., 2015)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from instaqnas.detector.ssd import SSDOutput
 
 
 def foreground(teacher: SSDOutput) -> Tensor:
-    """How far the teacher takes each default box for an object, 0 to 1, [B, P]."""
+    """The teacher's probability that a default box holds an object, 1 - p(background), [B, P]."""
     return 1 - teacher.class_logits.float().log_softmax(-1)[..., 0].exp()  # class 0 is background
 
 
 def distillation_loss(student: SSDOutput, teacher: SSDOutput, positives: Tensor | None = None) -> Tensor:
-    """KL(teacher || student) of the class distributions and smooth-L1 between the box offsets, a scalar.
+    """KL(teacher || student) of the class distributions plus smooth-L1 between the box offsets, a scalar.
 
-    The offsets of a default box count as much as the teacher takes it for foreground. Both sums are divided by
-    max(1, foreground probabilities of the batch summed): the teacher's count of positives, where the multibox loss has
-    the true one.
+    The offsets of a default box are weighted by `foreground(teacher)`. Both sums are divided by
+    max(1, sum of `foreground` over the batch): the soft counterpart of the number of positives in the multibox loss.
 
     Args:
         student, teacher: outputs for the same images, the teacher's without gradient.
-        positives: foreground probabilities of the whole batch summed, a scalar, where these images are a part of it;
-            None sums up those here.
+        positives: sum of `foreground` over the whole batch, a scalar, if these images are only a part of it; None for
+            the sum over these images.
     """
     teacher_log = teacher.class_logits.float().log_softmax(-1)
     student_log = student.class_logits.float().log_softmax(-1)

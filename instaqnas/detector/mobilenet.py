@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from instaqnas.quant.quantizers import Affine
+from instaqnas.quant.affine import Affine
 from instaqnas.quant.switchable import SwitchableConv2d
 
 # (output channels, stride) of the 13 depthwise-separable blocks
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 STEM_CHANNELS = 32
 
-MakeConv = Callable[..., SwitchableConv2d]  # (group, *arguments of SwitchableConv2d without its choices)
 ChoiceOf = Mapping[nn.Module, Tensor]  # bit choices [B] of the layers that the policy controls
+
+
+class MakeConv(Protocol):
+    """Builds a convolution of a group: stem, depthwise, pointwise, extras or heads.
+
+    Takes the arguments of `SwitchableConv2d`, whose bit choices and quantizer follow from the group.
+    """
+
+    def __call__(
+        self,
+        group: str,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        batch_norm: bool = True,
+        signed_input: bool = False,
+    ) -> SwitchableConv2d: ...
 
 
 def scaled_channels(channels: int, width: float) -> int:
@@ -23,14 +43,14 @@ def scaled_channels(channels: int, width: float) -> int:
 
 
 def stem_channels(width: float) -> int:
-    """Channels of the stem under a width multiplier."""
+    """Output channels of the stem under a width multiplier."""
     return scaled_channels(STEM_CHANNELS, width)
 
 
 class SeparableBlock(nn.Module):
     """ReLU and depthwise 3x3, then ReLU and pointwise, each with BatchNorm.
 
-    The ReLU behind a convolution is the quantizer's of whoever reads it on.
+    The ReLUs are applied to the inputs, by the quantizers; the output is still without one.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, make: MakeConv) -> None:
@@ -39,7 +59,7 @@ class SeparableBlock(nn.Module):
         self.pointwise = make("pointwise", in_channels, out_channels, 1)
 
     def forward(self, x: Affine, choice_of: ChoiceOf) -> Affine:
-        """[B, in, H, W] -> [B, out, H / stride, W / stride]."""
+        """[B, in, H, W] -> [B, out, ceil(H / stride), ceil(W / stride)]."""
         for layer in (self.depthwise, self.pointwise):
             x = layer(x, choice_of.get(layer))
         return x
@@ -50,7 +70,7 @@ class MobileNet(nn.Module):
 
     Args:
         width: width multiplier.
-        make: builds a convolution of a group: stem, depthwise or pointwise.
+        make: builds the convolutions.
     """
 
     def __init__(self, width: float, make: MakeConv) -> None:
@@ -68,7 +88,7 @@ class MobileNet(nn.Module):
         return self.after_stem(self.stem(x, choice_of.get(self.stem)), choice_of)
 
     def after_stem(self, x: Affine, choice_of: ChoiceOf) -> list[Affine]:
-        """The same for the output of the stem."""
+        """Outputs of all blocks, before their ReLU, for an output of the stem."""
         outputs = []
         for block in self.blocks:
             x = block(x, choice_of)

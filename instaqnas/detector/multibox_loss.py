@@ -10,7 +10,7 @@ NEGATIVES_PER_POSITIVE = 3
 
 
 def hard_negatives(background_loss: Tensor, positive: Tensor) -> Tensor:
-    """The three negatives per positive of each image with the highest loss, bool [B, P].
+    """The negatives with the highest loss, three for each positive of the same image, bool [B, P].
 
     Args:
         background_loss: cross-entropy of each default box against class 0, [B, P].
@@ -24,44 +24,45 @@ def hard_negatives(background_loss: Tensor, positive: Tensor) -> Tensor:
 def multibox_loss(
     box_offsets: Tensor, class_logits: Tensor, targets: Tensor, labels: Tensor, positives: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Smooth-L1 over positives and cross-entropy over positives and hard negatives; the sum is to be minimised.
+    """Smooth-L1 over positives, and cross-entropy over positives and hard negatives; their sum is minimised.
 
-    Both are divided by max(1, positives in the batch), not by B. An image without objects has no positives and
-    thereby no negatives either.
+    Both are divided by max(1, positives in the batch), not by B. An image without objects has no positives, hence no
+    negatives either.
 
     Args:
         box_offsets: predicted offsets [B, P, 4].
         class_logits: [B, P, C], class 0 is background.
         targets: offsets of the matched objects [B, P, 4], arbitrary (even not finite) where the label is 0.
         labels: [B, P], 0 is background.
-        positives: those of the whole batch, a scalar, where these images are a part of it; None counts those here.
+        positives: number of positives in the whole batch, a scalar, if these images are only a part of it; None to
+            count them here.
 
     Returns: scalars `box` and `class`.
     """
-    positive = labels > 0
-    cross_entropy, chosen = _class_loss(class_logits, labels)
-    positives = (positive.sum() if positives is None else positives).clamp(min=1)
-    box_loss = F.smooth_l1_loss(box_offsets[positive].float(), targets[positive], reduction="sum")
-    return {"box": box_loss / positives, "class": cross_entropy[chosen].sum() / positives}
+    positives = ((labels > 0).sum() if positives is None else positives).clamp(min=1)
+    box_sums, class_sums = _image_sums(box_offsets, class_logits, targets, labels)
+    return {"box": box_sums.sum() / positives, "class": class_sums.sum() / positives}
 
 
 @torch.no_grad()
 def image_losses(box_offsets: Tensor, class_logits: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
-    """What each image adds to the sum that `multibox_loss` divides by the positives of the batch, float32 [B].
+    """Multibox loss of each image, not divided by its positives, float32 [B]; arguments as in `multibox_loss`.
 
-    It grows with the objects of the image, as mAP does with what is found of them; 0 without any, whatever is predicted
-    there. Arguments as those of `multibox_loss`.
+    The sum over objects makes an image with many objects count more, as it does in mAP. Without objects it is 0,
+    whatever is predicted.
+    """
+    box_sums, class_sums = _image_sums(box_offsets, class_logits, targets, labels)
+    return box_sums + class_sums
+
+
+def _image_sums(box_offsets: Tensor, class_logits: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Smooth-L1 over positives, and cross-entropy over positives and hard negatives of each image, float32 [B] each.
+
+    Masks instead of indices: picking boxes by index would wait for a GPU.
     """
     positive = labels > 0
-    cross_entropy, chosen = _class_loss(class_logits, labels)
-    targets = torch.where(positive[..., None], targets, box_offsets)  # elsewhere they may not even be finite
-    box_loss = F.smooth_l1_loss(box_offsets.float(), targets.float(), reduction="none").sum((1, 2))
-    class_loss = torch.where(chosen, cross_entropy, 0.0).sum(1)
-    return box_loss + class_loss
-
-
-def _class_loss(class_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every default box, and which of them count: positives and hard negatives; both [B, P]."""
-    positive = labels > 0
+    targets = torch.where(positive[..., None], targets, box_offsets.detach())  # background targets may not be finite
+    distances = F.smooth_l1_loss(box_offsets.float(), targets.float(), reduction="none")
     cross_entropy = F.cross_entropy(class_logits.transpose(1, 2).float(), labels, reduction="none")
-    return cross_entropy, positive | hard_negatives(cross_entropy.detach(), positive)
+    chosen = positive | hard_negatives(cross_entropy.detach(), positive)
+    return distances.sum((1, 2)), torch.where(chosen, cross_entropy, 0.0).sum(1)

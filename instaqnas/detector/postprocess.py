@@ -13,9 +13,11 @@ from instaqnas.detector.default_boxes import decode
 
 @dataclass(frozen=True)
 class Detections:
-    """Detections of B images, best first, padded to the most of any image.
+    """Detections of B images, by descending score, padded to the largest number of any image.
 
-    boxes_xyxy [B, D, 4] in pixels of the network's input, scores [B, D] in (0, 1], labels [B, D], 0 is padding.
+    boxes_xyxy: [B, D, 4] in pixels of the network's input.
+    scores: [B, D] in (0, 1], 0 for padding.
+    labels: [B, D], 0 for padding.
     """
 
     boxes_xyxy: Tensor
@@ -35,17 +37,17 @@ def postprocess(
     candidates_per_class: int,
     max_detections: int,
 ) -> Detections:
-    """Decodes, thresholds, and suppresses overlapping boxes of one class.
+    """Decodes boxes, drops low scores, and suppresses overlapping boxes of the same class (NMS).
 
     Args:
         box_offsets: [B, P, 4].
         class_logits: [B, P, C], class 0 is background.
         defaults_cxcywh: [P, 4] in units of the image side.
         image_size: side of the network's input in pixels.
-        score_threshold: lowest score kept.
+        score_threshold: lowest score that is kept.
         nms_iou: highest IoU that two kept boxes of one class may have.
-        candidates_per_class: boxes a class and image that enter the suppression.
-        max_detections: detections kept an image.
+        candidates_per_class: boxes per class and image that enter NMS, the best by score.
+        max_detections: detections kept per image.
     """
     images, _, classes = class_logits.shape
     boxes = clip_boxes_to_image(decode(box_offsets.float(), defaults_cxcywh) * image_size, (image_size, image_size))
@@ -53,8 +55,8 @@ def postprocess(
     scores, candidates = scores.topk(min(candidates_per_class, scores.shape[2]), dim=2)
     image, label, rank = (scores >= score_threshold).nonzero(as_tuple=True)
     boxes, scores = boxes[image, candidates[image, label, rank]], scores[image, label, rank]
-    # Sorted by score. In double precision: it may tell groups apart by offsets too large for single precision.
-    kept = batched_nms(boxes.double(), scores.double(), image * classes + label, nms_iou)
+    # In double precision, because batched_nms may separate its groups by offsets too large for single precision.
+    kept = batched_nms(boxes.double(), scores.double(), image * classes + label, nms_iou)  # by score
     kept = kept[image[kept].argsort(stable=True)]  # by image, then by score
     image, label, boxes, scores = image[kept], label[kept] + 1, boxes[kept], scores[kept]
     per_image = torch.bincount(image, minlength=images)

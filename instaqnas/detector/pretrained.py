@@ -1,13 +1,14 @@
-"""Weights of other projects into the full-precision detector, every key accounted for.
+"""Loads weights of other projects into the full-precision detector and accounts for every key.
 
-| file                                                                | gives        |
+| file                                                                | loads        |
 |---------------------------------------------------------------------|--------------|
-| MobileNetV1-SSD of github.com/qfgaohao/pytorch-ssd                  | all          |
-| MobileNetV1 of the same, trained on ImageNet, with `model.` or bare | the backbone |
+| MobileNetV1-SSD of github.com/qfgaohao/pytorch-ssd                  | everything   |
+| its ImageNet MobileNetV1, with or without the prefix `model.`       | the backbone |
 | `mobilenetv1_100` of timm, as `torch.save(model.state_dict(), ...)` | the backbone |
 
-All were trained on RGB as this detector sees it, but for half a grey level in timm's. The first two are the same
-function here as there. timm's clips activations at 6 (ReLU6) and this network does not: a beginning, not an equal.
+All were trained on RGB with this detector's normalisation, timm's up to half a grey level. The first two compute the
+same function here as in their own code. timm's network clips activations at 6 (ReLU6), which this one does not, so its
+weights are only a starting point.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from instaqnas.detector.ssd import EXTRAS, SOURCE_BLOCKS, SwitchableSSD
 from instaqnas.errors import InputError
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
-TIMM_STAGES = (1, 2, 2, 6, 2)  # blocks in each
+TIMM_STAGES = (1, 2, 2, 6, 2)  # blocks per stage
 MAPS = len(SOURCE_BLOCKS) + len(EXTRAS)
 MOST_NAMED = 5  # keys, in the report
-# What the readers of zip files and pickles raise for damaged ones.
+# Raised by the zip and pickle readers for damaged files.
 _DAMAGES = (
     OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, LookupError, ArithmeticError,
     AttributeError, TypeError, ValueError, struct.error,
 )  # fmt: skip
 
 
-# --- Names ------------------------------------------------------------------------------------------------------------
+# --- Names in the file and in SwitchableSSD ---------------------------------------------------------------------------
 
 
 def _convolution_with_norm(convolution: str, norm: str, layer: str) -> dict[str, str]:
@@ -53,9 +54,9 @@ def _convolution_with_bias(convolution: str, layer: str) -> dict[str, str]:
 def _pytorch_ssd_backbone(prefix: str) -> dict[str, str]:
     names = _convolution_with_norm(f"{prefix}0.0", f"{prefix}0.1", "backbone.stem")
     for block in range(len(BLOCKS)):
-        there, here = f"{prefix}{block + 1}", f"backbone.blocks.{block}"
-        names |= _convolution_with_norm(f"{there}.0", f"{there}.1", f"{here}.depthwise")
-        names |= _convolution_with_norm(f"{there}.3", f"{there}.4", f"{here}.pointwise")
+        theirs, ours = f"{prefix}{block + 1}", f"backbone.blocks.{block}"
+        names |= _convolution_with_norm(f"{theirs}.0", f"{theirs}.1", f"{ours}.depthwise")
+        names |= _convolution_with_norm(f"{theirs}.3", f"{theirs}.4", f"{ours}.pointwise")
     return names
 
 
@@ -72,15 +73,18 @@ def _pytorch_ssd() -> dict[str, str]:
 
 def _timm_backbone() -> dict[str, str]:
     names = _convolution_with_norm("conv_stem", "bn1", "backbone.stem")
-    there = [f"blocks.{stage}.{block}" for stage, blocks in enumerate(TIMM_STAGES) for block in range(blocks)]
-    for block, name in enumerate(there):
-        names |= _convolution_with_norm(f"{name}.conv_dw", f"{name}.bn1", f"backbone.blocks.{block}.depthwise")
-        names |= _convolution_with_norm(f"{name}.conv_pw", f"{name}.bn2", f"backbone.blocks.{block}.pointwise")
+    block = 0
+    for stage, blocks in enumerate(TIMM_STAGES):
+        for index in range(blocks):
+            theirs, ours = f"blocks.{stage}.{index}", f"backbone.blocks.{block}"
+            names |= _convolution_with_norm(f"{theirs}.conv_dw", f"{theirs}.bn1", f"{ours}.depthwise")
+            names |= _convolution_with_norm(f"{theirs}.conv_pw", f"{theirs}.bn2", f"{ours}.pointwise")
+            block += 1
     return names
 
 
-# Name of the format, and the names in `SwitchableSSD` by the key of the file; the first key tells the format.
-FORMATS = (
+# (format, name in SwitchableSSD by key of the file). A file that has the first key is taken to be in that format.
+FORMATS: tuple[tuple[str, dict[str, str]], ...] = (
     ("MobileNetV1-SSD of pytorch-ssd", _pytorch_ssd()),
     ("MobileNetV1 of pytorch-ssd", _pytorch_ssd_backbone("model.")),
     ("MobileNetV1 of pytorch-ssd", _pytorch_ssd_backbone("")),
@@ -88,26 +92,18 @@ FORMATS = (
 )
 
 
-def _why_skipped(key: str) -> str:
-    if key.endswith(".num_batches_tracked"):
-        return "count batches"
-    if key.startswith(("fc.", "classifier.")):
-        return "classify ImageNet"
-    return "are unknown here"
-
-
 # --- Loading ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every key of a file, and of every value of the network.
+    """The outcome for every key of a file and every value of the network.
 
     Args:
-        format: what the file is.
+        format: name of the file's format.
         loaded: name in the network by key of the file.
-        skipped: reason by key of the file.
-        missing: names in the network that the file has nothing for; they keep their values.
+        skipped: kind of value by key of the file.
+        missing: names in the network that the file does not have; they keep their values.
     """
 
     format: str
@@ -116,19 +112,19 @@ class LoadReport:
     missing: list[str]
 
     def __str__(self) -> str:
-        """One line; of keys with the same reason, and of missing values, it names a few or counts them."""
-        reasons = Counter(self.skipped.values())
-        skipped = [f"{count} {reason} ({self._named(reason)})" for reason, count in reasons.items()]
-        missing = [f"{count} of {part}" for part, count in Counter(map(_part, self.missing)).items()]
-        return (
-            f"{self.format}: {len(self.loaded)} keys loaded; {len(self.skipped)} skipped"
-            + (f": {', '.join(skipped)}" if skipped else "")
-            + f"; {len(self.missing)} values left as they were"
-            + (f": {', '.join(missing)}" if missing else "")
-        )
+        """One line: counts, with a few skipped keys of each kind and the parts of the network left unchanged."""
+        text = f"{self.format}: {len(self.loaded)} keys loaded; {len(self.skipped)} skipped"
+        if self.skipped:
+            kinds = Counter(self.skipped.values())
+            text += ": " + ", ".join(f"{count} {kind} ({self._examples(kind)})" for kind, count in kinds.items())
+        text += f"; {len(self.missing)} values left unchanged"
+        if self.missing:
+            parts = Counter(name.partition(".")[0] for name in self.missing)
+            text += ": " + ", ".join(f"{count} of {part}" for part, count in parts.items())
+        return text
 
-    def _named(self, reason: str) -> str:
-        keys = [key for key, why in self.skipped.items() if why == reason]
+    def _examples(self, kind: str) -> str:
+        keys = [key for key, own in self.skipped.items() if own == kind]
         return ", ".join(keys[:MOST_NAMED]) + (", ..." if len(keys) > MOST_NAMED else "")
 
 
@@ -136,38 +132,53 @@ def load_pretrained(detector: SwitchableSSD, path: str | Path) -> LoadReport:
     """Copies the weights of a file in one of `FORMATS` into a full-precision detector.
 
     Raises: InputError if the file cannot be read, is in no known format, lacks a key of its format or has a value of
-    another shape; the detector is then as before.
+    another shape. The detector is then unchanged.
     """
     state = _read(path)
-    found = next(((name, names) for name, names in FORMATS if next(iter(names)) in state), None)
-    if found is None:
-        known = ", ".join(dict.fromkeys(name for name, _ in FORMATS))
-        raise InputError(f"{path}: weights in no known format (first keys: {_first(state)}); known: {known}")
-    name, names = found
+    format_name, names = _format_of(state, path)
     own = detector.state_dict()
     for key, target in names.items():
-        _check(f"{path}: {key}", state.get(key), own.get(target), name)
+        _check(f"{path}: {key}", state.get(key), own.get(target), format_name)
     with torch.no_grad():
         for key, target in names.items():
-            own[target].copy_(state[key])  # [C] spreads over BatchNorm's [1, C]
-    skipped = {key: _why_skipped(key) for key in state if key not in names}
-    taken = set(names.values())
-    return LoadReport(name, names, skipped, [target for target in own if target not in taken])
+            own[target].copy_(state[key])  # [C] broadcasts to BatchNorm's [1, C]
+    skipped = {key: _kind_of_skipped(key) for key in state if key not in names}
+    loaded = set(names.values())
+    return LoadReport(format_name, names, skipped, [name for name in own if name not in loaded])
+
+
+def _format_of(state: Mapping[str, Tensor], path: str | Path) -> tuple[str, dict[str, str]]:
+    """The entry of `FORMATS` for the weights of a file; raises InputError if there is none."""
+    for format_name, names in FORMATS:
+        first_key = next(iter(names))
+        if first_key in state:
+            return format_name, names
+    first_keys = ", ".join(map(str, list(state)[:MOST_NAMED])) or "none"
+    known = ", ".join(dict.fromkeys(format_name for format_name, _ in FORMATS))
+    raise InputError(f"{path}: weights in no known format (first keys: {first_keys}); known: {known}")
+
+
+def _kind_of_skipped(key: str) -> str:
+    if key.endswith(".num_batches_tracked"):
+        return "batch counters"
+    if key.startswith(("fc.", "classifier.")):
+        return "of the ImageNet classifier"
+    return "unknown"
 
 
 def _check(where: str, value: Tensor | None, own: Tensor | None, format_name: str) -> None:
-    """Raises InputError, which begins with `where`, unless a value of the file fits the network's own."""
+    """Raises InputError, starting with `where`, unless a value of the file fits the network's own."""
     if value is None:
-        raise InputError(f"{where} is missing, so this is not a whole {format_name}")
+        raise InputError(f"{where}: missing, so the file is not a complete {format_name}")
     if own is None:
         raise InputError(f"{where}: this network has BatchNorm instead; set detector.extras_batch_norm to false")
-    shape = own.shape[1:] if own.dim() == 2 else own.shape  # BatchNorm's are [1, C]
+    shape = own.shape[1:] if own.dim() == 2 else own.shape  # BatchNorm's values are [1, C]
     if value.shape != shape:
-        raise InputError(f"{where}: shape {list(value.shape)}, needed here: {list(shape)}")
+        raise InputError(f"{where}: shape {list(value.shape)}, but the network needs {list(shape)}")
 
 
 def _read(path: str | Path) -> Mapping[str, Tensor]:
-    """A state dict of another program, from today's or the older format of torch.save, on the CPU."""
+    """The state dict in a file of either format of torch.save (zip or the older one), on the CPU."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -181,15 +192,7 @@ def _read(path: str | Path) -> Mapping[str, Tensor]:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not readable weights ({first_line})") from None
     if isinstance(state, dict) and "stage" in state:
-        raise InputError(f"{path}: a checkpoint of this program; --init takes those")
+        raise InputError(f"{path}: a checkpoint of this program; search.py and finetune.py take it with --init")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: not a state dict, which has a tensor for every key")
+        raise InputError(f"{path}: not a state dict with a tensor for every key")
     return state
-
-
-def _first(state: Mapping[str, Tensor]) -> str:
-    return ", ".join(map(str, list(state)[:MOST_NAMED])) or "none"
-
-
-def _part(name: str) -> str:
-    return name.partition(".")[0]

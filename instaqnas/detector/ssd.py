@@ -1,28 +1,28 @@
-"""MobileNetV1-SSD whose layers run at a bit choice picked per image."""
+"""MobileNetV1-SSD in which every layer runs at a bit choice picked per image."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from instaqnas.bits import FULL_PRECISION, Amp, BitChoice, Positions, QuantizerName, WeightSharing
 from instaqnas.detector.default_boxes import BOXES_PER_CELL, default_boxes, encode, match
 from instaqnas.detector.mobilenet import BLOCKS, ChoiceOf, MakeConv, MobileNet, scaled_channels
 from instaqnas.detector.multibox_loss import image_losses, multibox_loss
 from instaqnas.pixels import normalized
+from instaqnas.quant.affine import Affine
 from instaqnas.quant.bitops import CostTable, LayerCost, measure_layers
-from instaqnas.quant.quantizers import FULL_PRECISION, Affine, QuantizerName
-from instaqnas.quant.switchable import BitChoice, SwitchableConv2d, WeightSharing
+from instaqnas.quant.switchable import SwitchableConv2d
 
-EXTRAS = ((256, 512), (128, 256), (128, 256), (128, 256))  # channels of the 1x1 and of the strided 3x3
-SOURCE_BLOCKS = (10, 12)
-Positions = Literal["pointwise", "backbone", "backbone+extras", "all"]
+EXTRAS = ((256, 512), (128, 256), (128, 256), (128, 256))  # output channels of the 1x1 and of the strided 3x3
+SOURCE_BLOCKS = (10, 12)  # blocks of the backbone that heads read
 GROUPS_OF: dict[Positions, tuple[str, ...]] = {  # the layers that the policy controls
     "pointwise": ("pointwise",),
     "backbone": ("stem", "depthwise", "pointwise"),
@@ -36,7 +36,6 @@ LAYERS_IN = {
     "extras": 2 * len(EXTRAS),
     "heads": 2 * (len(SOURCE_BLOCKS) + len(EXTRAS)),
 }
-Amp = Literal["off", "bf16"]
 
 
 def position_count(positions: Positions) -> int:
@@ -46,12 +45,12 @@ def position_count(positions: Positions) -> int:
 
 @dataclass(frozen=True)
 class DetectorBits:
-    """Bit choices of every layer, and how it is quantized.
+    """Bit choices and quantizer of every layer.
 
     Args:
-        choices: of the layers at `positions`.
-        stem, depthwise, extras, heads: the one choice of these layers where they are not among `positions`.
-        positions: which layers have `choices`.
+        choices: the K choices of the layers at `positions`.
+        stem, depthwise, extras, heads: the single choice of these layers where they are not among `positions`.
+        positions: the layers that have `choices`.
         quantizer, weights, per_channel: see `SwitchableConv2d`.
     """
 
@@ -71,19 +70,19 @@ class DetectorBits:
 
     @property
     def quantize_nothing(self) -> bool:
-        """Whether this is an ordinary full-precision network."""
+        """Whether the network is an ordinary full-precision one."""
         groups = (*self.choices, self.stem, self.depthwise, self.extras, self.heads)
         return all(bits == FULL_PRECISION for choice in groups for bits in choice)
 
     @staticmethod
     def uniform(bits: int) -> DetectorBits:
-        """The same bits for weights and activations of all layers."""
+        """The same bit-width for weights and activations of all layers, and no other choice."""
         both = (bits, bits)
         return DetectorBits([both], both, both, both, both)
 
     @staticmethod
     def full_precision() -> DetectorBits:
-        """Nothing quantized: an ordinary network of the same parts."""
+        """No layer is quantized: an ordinary full-precision network."""
         return DetectorBits.uniform(FULL_PRECISION)
 
 
@@ -95,34 +94,34 @@ class SSDOutput:
     class_logits: Tensor
 
 
-class Look(NamedTuple):
-    """What there is to see of B images before their bits are chosen.
+class Observation(NamedTuple):
+    """Input of a policy for B images, with the output of the part of the detector that computed it.
 
-    seen: what a policy looks at: the images, or the features of a frozen stem behind their ReLU, [B, C, ceil(S / 2),
-        ceil(S / 2)].
-    stem: the output of the frozen stem, from which `SwitchableSSD.forward` goes on; None where it is not frozen.
+    input: the images, or the features of a frozen stem after their ReLU, [B, C, ceil(S / 2), ceil(S / 2)].
+    stem: output of the frozen stem, from which `SwitchableSSD.forward` continues; None if the stem is not frozen.
     """
 
-    seen: Tensor
+    input: Tensor
     stem: Affine | None
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the default boxes of images are to become: offsets [B, P, 4], arbitrary where labels [B, P] are 0."""
+    """Training targets of the default boxes: offsets [B, P, 4], arbitrary where labels [B, P] are 0."""
 
     offsets: Tensor
     labels: Tensor
 
     @property
     def positives(self) -> Tensor:
-        """Number of default boxes with an object, a scalar."""
+        """Number of default boxes that are matched with an object, a scalar."""
         return (self.labels > 0).sum()
 
     def split(self, parts: int) -> list[Targets]:
-        """Those of the images in so many equal parts."""
+        """The targets of consecutive equal parts of the batch."""
         size = len(self.labels) // parts
-        return list(map(Targets, self.offsets.split(size), self.labels.split(size)))
+        pairs = zip(self.offsets.split(size), self.labels.split(size), strict=True)
+        return [Targets(offsets, labels) for offsets, labels in pairs]
 
 
 class ExtraLayer(nn.Module):
@@ -141,7 +140,7 @@ class ExtraLayer(nn.Module):
 
 
 class SwitchableSSD(nn.Module):
-    """The detector: backbone, extra feature layers and heads on six feature maps.
+    """The detector: backbone, extra feature layers, and heads on six feature maps.
 
     `positions` names the L layers that the policy controls, in the order of the columns of bit configurations.
 
@@ -149,12 +148,14 @@ class SwitchableSSD(nn.Module):
         classes: C, background included.
         bits: bit choices of every layer.
         image_size: side of the square input in pixels.
-        width: width multiplier of all channels but those of the heads.
+        width: width multiplier of all channels except the outputs of the heads.
         extras_batch_norm: BatchNorm instead of a bias in the extra layers.
-        box_sizes: (smaller, larger) default-box size of each of the six maps in pixels; None takes those of the image
-            size.
+        box_sizes: (smaller, larger) default-box size of each of the six maps in pixels; None for the sizes that
+            `default_boxes` derives from the image size.
         amp: arithmetic of the convolutions, `off` for float32.
     """
+
+    default_boxes_cxcywh: Tensor
 
     def __init__(
         self,
@@ -172,63 +173,83 @@ class SwitchableSSD(nn.Module):
         self.stem_is_frozen = False
         layers_of: dict[str, list[SwitchableConv2d]] = {}
 
-        def make(group: str, *shape: int, **settings: int | bool) -> SwitchableConv2d:
-            settings |= {"quantizer": bits.quantizer, "weights": bits.weights, "per_channel": bits.per_channel}
-            layer = SwitchableConv2d(*shape, bits.choices_of(group), **settings)
+        def make(
+            group: str,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int,
+            *,
+            stride: int = 1,
+            groups: int = 1,
+            batch_norm: bool = True,
+            signed_input: bool = False,
+        ) -> SwitchableConv2d:
+            layer = SwitchableConv2d(
+                in_channels,
+                out_channels,
+                kernel_size,
+                bits.choices_of(group),
+                stride=stride,
+                groups=groups,
+                batch_norm=batch_norm,
+                signed_input=signed_input,
+                quantizer=bits.quantizer,
+                weights=bits.weights,
+                per_channel=bits.per_channel,
+            )
             layers_of.setdefault(group, []).append(layer)
             return layer
 
         self.backbone = MobileNet(width, make)
         source_channels = [self.backbone.channels[block] for block in SOURCE_BLOCKS]
         self.extras = nn.ModuleList()
-        for channels in EXTRAS:
-            inner, outer = (scaled_channels(c, width) for c in channels)
-            self.extras.append(ExtraLayer(source_channels[-1], (inner, outer), make, batch_norm=extras_batch_norm))
-            source_channels.append(outer)
+        for inner, outer in EXTRAS:
+            channels = scaled_channels(inner, width), scaled_channels(outer, width)
+            self.extras.append(ExtraLayer(source_channels[-1], channels, make, batch_norm=extras_batch_norm))
+            source_channels.append(channels[1])
 
-        def heads(outputs: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                make("heads", c, BOXES_PER_CELL * outputs, 3, batch_norm=False) for c in source_channels
-            )
+        def heads(values_per_box: int) -> nn.ModuleList:
+            outputs = BOXES_PER_CELL * values_per_box
+            return nn.ModuleList([make("heads", inputs, outputs, 3, batch_norm=False) for inputs in source_channels])
 
         self.box_heads, self.class_heads = heads(4), heads(classes)
-        for head in [*self.box_heads, *self.class_heads]:
+        for head in layers_of["heads"]:
             nn.init.xavier_uniform_(head.weight)
         controlled = {layer for group in GROUPS_OF[bits.positions] for layer in layers_of[group]}
         self.positions = tuple(name for name, module in self.named_modules() if module in controlled)
-        boxes = default_boxes(image_size, self._map_sizes(), box_sizes)
+        boxes = default_boxes(image_size, self.map_sizes(), box_sizes)
         self.register_buffer("default_boxes_cxcywh", boxes, persistent=False)
 
     def freeze_stem(self) -> None:
-        """Keeps the stem as it is from now on, without gradients and as in evaluation, so that `look` can show it.
+        """Freezes the stem, without gradients and always in eval mode, so that `observe` can return its features.
 
-        What a policy has learned to look at then stays what it is while the detector is trained on.
+        The input of a policy then stays the same while the rest of the detector is trained.
 
         Raises: ValueError if the policy controls the bits of the stem.
         """
         if "backbone.stem" in self.positions:
-            raise ValueError("the stem has no bits before they are chosen")
+            raise ValueError("cannot freeze the stem: its bits are chosen by the policy, which runs after it")
         self.stem_is_frozen = True
         self.backbone.stem.requires_grad_(False).eval()  # noqa: FBT003
 
     def train(self, mode: bool = True) -> SwitchableSSD:  # noqa: FBT001, FBT002
-        """As `torch.nn.Module.train`, but for a frozen stem."""
+        """Sets the training mode of all modules except a frozen stem."""
         super().train(mode)
         if self.stem_is_frozen:
             self.backbone.stem.eval()
         return self
 
     @torch.no_grad()
-    def look(self, images: Tensor) -> Look:
-        """What a policy can see of RGB images [B, 3, S, S], uint8 or float, 0 to 255.
+    def observe(self, images: Tensor) -> Observation:
+        """The input of a policy for RGB images [B, 3, S, S], uint8 or float, 0 to 255.
 
-        The stem computed here is the detector's own: hand it to `forward`, and it is not computed again.
+        A frozen stem runs here: hand its output to `forward`, which then does not compute it again.
         """
         if not self.stem_is_frozen:
-            return Look(images, None)
-        with self._arithmetic(images):
+            return Observation(images, None)
+        with self._autocast(images):
             stem = self.backbone.stem(normalized(images))
-        return Look(F.relu(stem.value()), stem)
+        return Observation(F.relu(stem.value()), stem)
 
     def forward(self, images: Tensor, choices: Tensor, stem: Affine | None = None) -> SSDOutput:
         """Runs every image once, image b at bit configuration `choices[b]`.
@@ -236,15 +257,16 @@ class SwitchableSSD(nn.Module):
         Args:
             images: RGB [B, 3, S, S], uint8 or float, 0 to 255.
             choices: [B, L] indices of the K bit choices, in the order of `positions`.
-            stem: what `look` has made of the images, if anybody has looked.
+            stem: output of the frozen stem for these images, as `observe` returns it; None to compute it.
         """
-        choice_of = dict(zip(map(self.get_submodule, self.positions), choices.unbind(1), strict=True))
+        layers = [self.get_submodule(name) for name in self.positions]
+        choice_of = dict(zip(layers, choices.unbind(1), strict=True))
 
         def predict(heads: nn.ModuleList, values: int) -> Tensor:
             maps = [head(x, choice_of.get(head)).value() for head, x in zip(heads, sources, strict=True)]
             return torch.cat([_per_box(y, values) for y in maps], 1)
 
-        with self._arithmetic(images):
+        with self._autocast(images):
             if stem is None:
                 blocks = self.backbone(normalized(images), choice_of)
             else:
@@ -253,35 +275,39 @@ class SwitchableSSD(nn.Module):
             return SSDOutput(predict(self.box_heads, 4), predict(self.class_heads, self.classes))
 
     def loss(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Multibox loss against objects in pixels: boxes_xyxy [B, N, 4], labels [B, N], 0 where there is none."""
+        """Multibox loss against objects in pixels: boxes_xyxy [B, N, 4] and labels [B, N], 0 for padding."""
         targets = self.targets(boxes_xyxy, labels)
         return multibox_loss(output.box_offsets, output.class_logits, targets.offsets, targets.labels)
 
-    def image_losses(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor) -> Tensor:
-        """Multibox loss of each image alone, a sum over its objects, [B], without gradient; objects as in `loss`."""
-        targets = self.targets(boxes_xyxy, labels)
+    def image_losses(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor, difficult: Tensor) -> Tensor:
+        """Multibox loss of each image, summed over its objects, [B], without gradient; objects as in `loss`.
+
+        Objects that are `difficult`, bool [B, N], are dropped, as `transforms.drop_difficult` does for training: they
+        count as background.
+        """
+        targets = self.targets(boxes_xyxy, labels.masked_fill(difficult, 0))
         return image_losses(output.box_offsets, output.class_logits, targets.offsets, targets.labels)
 
     def targets(self, boxes_xyxy: Tensor, labels: Tensor) -> Targets:
-        """What the default boxes are to become, for objects as in `loss`."""
+        """Matches objects, as in `loss`, with the default boxes."""
         defaults = self.default_boxes_cxcywh
         matched_labels, boxes = match(box_convert(defaults, "cxcywh", "xyxy"), boxes_xyxy / self.image_size, labels)
         return Targets(encode(boxes, defaults), matched_labels)
 
-    def _arithmetic(self, images: Tensor) -> contextlib.AbstractContextManager:
-        """That of the convolutions, as `amp` says."""
+    def _autocast(self, images: Tensor) -> contextlib.AbstractContextManager:
+        """The arithmetic of the convolutions, as `amp` says."""
         bf16 = self.amp == "bf16"
         return torch.autocast(images.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
     def _sources(self, blocks: Sequence[Affine], choice_of: ChoiceOf) -> list[Affine]:
-        """The six feature maps that the heads look at, before their ReLU, from those of all blocks."""
+        """The six feature maps that the heads read, before their ReLU, from the outputs of all blocks."""
         sources = [blocks[block] for block in SOURCE_BLOCKS]
         for layer in self.extras:
             sources.append(layer(sources[-1], choice_of))
         return sources
 
-    def _map_sizes(self) -> list[int]:
-        """Cells per side of the six feature maps: every strided 3x3 with padding 1 halves, rounding up."""
+    def map_sizes(self) -> list[int]:
+        """Cells per side of the six feature maps: a strided 3x3 with padding 1 halves the side, rounding up."""
         side, sides = -(-self.image_size // 2), []
         for block, (_, stride) in enumerate(BLOCKS):
             side = -(-side // stride)
@@ -298,7 +324,7 @@ def _per_box(x: Tensor, values: int) -> Tensor:
 
 
 def detector_layers(detector: SwitchableSSD) -> list[LayerCost]:
-    """MACs and bit choices of every convolution, from the shapes of one image."""
+    """MACs per image and bit choices of every convolution."""
     weight = detector.backbone.stem.weight
     image = weight.new_zeros(1, 3, detector.image_size, detector.image_size)
     choices = torch.zeros(1, len(detector.positions), dtype=torch.int64, device=weight.device)
@@ -312,15 +338,17 @@ def detector_costs(detector: SwitchableSSD) -> CostTable:
 
 @torch.no_grad()
 def copy_weights(source: SwitchableSSD, target: SwitchableSSD) -> None:
-    """Weights, biases and BatchNorm of a network with one bit choice into every choice of another of the same shape.
+    """Copies weights, biases and BatchNorm of a network with one bit choice into every choice of another one.
 
-    Step sizes are left alone: they belong to bit-widths and come from calibration.
+    Both have the same architecture. Step sizes are not copied: they belong to bit-widths and come from calibration.
     """
-    for a, b in zip(source.modules(), target.modules(), strict=True):
-        if isinstance(a, SwitchableConv2d):
-            b.weight.copy_(a.weight)
-            if a.norm is None:
-                b.bias.copy_(a.bias)
-            else:
-                for name, value in a.norm.state_dict(keep_vars=True).items():
-                    getattr(b.norm, name).copy_(value)  # [1, C] spreads over [K, C]
+    for ours, theirs in zip(target.modules(), source.modules(), strict=True):
+        if not isinstance(theirs, SwitchableConv2d):
+            continue
+        assert isinstance(ours, SwitchableConv2d), "the two networks have the same architecture"
+        ours.weight.copy_(theirs.weight)
+        if theirs.norm is not None:
+            for name, value in theirs.norm.state_dict(keep_vars=True).items():
+                getattr(ours.norm, name).copy_(value)  # [1, C] broadcasts to [K, C]
+        elif theirs.bias is not None and ours.bias is not None:
+            ours.bias.copy_(theirs.bias)

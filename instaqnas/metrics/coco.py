@@ -1,4 +1,4 @@
-"""COCO average precision of the same records, by pycocotools."""
+"""COCO average precision of `DetectionRecords`, computed by pycocotools."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from torch import Tensor
 
 from instaqnas.metrics.voc import DetectionRecords, RecordBatch
 
-MAX_DETECTIONS = 100  # an image and class, as in COCO's AP
+MAX_DETECTIONS = 100  # per image and class, as in COCO's AP
 
 
 def coco_ap(records: DetectionRecords) -> float:
     """AP averaged over the IoU thresholds 0.50, 0.55, ..., 0.95 and the classes, all areas, in [0, 1].
 
-    0.0 if nothing is detected, NaN if there are no objects that count. A difficult object is COCO's "crowd": it need
-    not be found, and detections on it count neither way. COCO measures the overlap with a crowd as a share of the
-    detection's area, so anything inside a difficult object is ignored, which is more lenient than VOC.
+    0.0 if nothing is detected, NaN if no object counts. A difficult object is a "crowd" of COCO: it need not be found,
+    and detections matched with it do not count. COCO divides the overlap with a crowd by the area of the detection
+    alone, so all detections inside a difficult object are ignored, which is more lenient than VOC.
     """
-    labels = {label for batch in records.batches for label in batch.gt_labels.unique().tolist()} - {0}
+    labels: set[int] = set()
+    for batch in records.batches:
+        labels.update(batch.gt_labels[batch.gt_labels > 0].tolist())  # 0 is padding
     images = [{"id": i, "file_name": image_id} for i, image_id in enumerate(records.image_ids)]
     categories = [{"id": label} for label in sorted(labels)]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
@@ -52,9 +54,8 @@ def _make_coco(images: list[dict], categories: list[dict], annotations: Iterable
 
 def _objects(records: DetectionRecords) -> Iterator[dict]:
     for first_image, batch in _numbered_batches(records):
-        for annotation, crowd in _annotations(
-            first_image, batch.gt_boxes_xyxy, batch.gt_labels, batch.gt_difficult.int()
-        ):
+        crowds = batch.gt_difficult.int()
+        for annotation, crowd in _annotations(first_image, batch.gt_boxes_xyxy, batch.gt_labels, crowds):
             yield {**annotation, "iscrowd": crowd}
 
 
@@ -73,10 +74,13 @@ def _numbered_batches(records: DetectionRecords) -> Iterator[tuple[int, RecordBa
 
 
 def _annotations(first_image: int, boxes_xyxy: Tensor, labels: Tensor, extra: Tensor) -> Iterator[tuple[dict, float]]:
-    """COCO's dict of each box that is not padding, and its value of `extra`."""
-    image, place = labels.nonzero(as_tuple=True)
-    x1, y1, x2, y2 = boxes_xyxy[image, place].double().unbind(-1)
-    columns = (image + first_image, labels[image, place], x1, y1, x2 - x1, y2 - y1, extra[image, place])
-    for image_number, label, x, y, width, height, value in zip(*(c.tolist() for c in columns), strict=True):
-        box = [x, y, width, height]
-        yield {"image_id": image_number, "category_id": label, "bbox": box, "area": width * height}, value
+    """COCO's dict of each box except padding, with the box's value of `extra` [B, N]."""
+    valid = labels > 0
+    images = valid.nonzero()[:, 0] + first_image
+    rows = zip(
+        images.tolist(), labels[valid].tolist(), boxes_xyxy[valid].double().tolist(), extra[valid].tolist(), strict=True
+    )
+    for image, label, (x1, y1, x2, y2), value in rows:
+        width, height = x2 - x1, y2 - y1
+        box = [x1, y1, width, height]
+        yield {"image_id": image, "category_id": label, "bbox": box, "area": width * height}, value

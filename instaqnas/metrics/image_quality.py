@@ -1,16 +1,13 @@
-"""How well the objects of one image are detected, as one number an image: what the reward is made of."""
+"""Detection quality of each image as one number, the basis of the reward."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from instaqnas.bits import QualityKind
 from instaqnas.metrics.matching import VOC_IOU_THRESHOLD, match_detections
 from instaqnas.metrics.voc import average_precision_all_point, precision_recall
-
-QualityKind = Literal["precision", "recall", "f1", "ap"]
 
 
 def image_quality(
@@ -26,14 +23,14 @@ def image_quality(
 ) -> Tensor:
     """Quality of the detections of each image: float32 [B] in [0, 1].
 
-    Matches are those of `match_detections`, whose shapes these are: detections of a class that is not in the image are
-    false positives, those of difficult objects count neither way. If no object counts, quality is 1 where no detection
-    counts either, else 0; objects without any detection are 0.
+    Detections are matched by `match_detections`, whose shapes the arguments have. A detection of a class that is not in
+    the image is a false positive; difficult objects, and detections matched with them, do not count. If no object
+    counts, the quality is 1 without any detection that counts, else 0. Objects without detections give 0.
 
     Args:
         kind: `precision`, true positives / detections; `recall`, true positives / objects; `f1`, their harmonic mean;
-            `ap`, all-point average precision of the image, its classes pooled.
-        score_threshold: detections below it do not count.
+            `ap`, all-point average precision of the image over the pooled detections of all classes.
+        score_threshold: detections with a lower score do not count.
         iou_threshold: lowest IoU of a match.
 
     Raises:
@@ -46,15 +43,15 @@ def image_quality(
     counted = (det_labels > 0) & ~ignored
     found, detections = true_positive.sum(1), counted.sum(1)
     objects = ((gt_labels > 0) & ~gt_difficult).sum(1)
-    some = objects.clamp(min=1)  # images without objects are set below
+    positives = objects.clamp(min=1)  # avoids 0 / 0; the last line sets images without objects
     if kind == "precision":
         quality = found / detections.clamp(min=1)
     elif kind == "recall":
-        quality = found / some
+        quality = found / positives
     elif kind == "f1":
-        quality = 2 * found / (detections + some)
+        quality = 2 * found / (detections + positives)
     elif kind == "ap":
-        quality = average_precision_all_point(*precision_recall(det_scores, true_positive, ~counted, some))
+        quality = average_precision_all_point(*precision_recall(det_scores, true_positive, ~counted, positives))
     else:
         raise ValueError(f"unknown quality {kind!r}")
     return torch.where(objects > 0, quality, detections == 0).float()

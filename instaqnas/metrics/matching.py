@@ -1,4 +1,4 @@
-"""Which detections find an object, as the PASCAL VOC devkit decides it, for a whole batch at once."""
+"""Matching of detections with objects by the rules of the PASCAL VOC devkit, for a whole batch at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ VOC_IOU_THRESHOLD = 0.5
 
 
 class Matches(NamedTuple):
-    """What became of each detection; one that is valid and neither of the two is a false positive.
+    """The outcome of each detection. One that is neither padding nor in one of the two masks is a false positive.
 
     true_positive: bool [B, D].
-    ignored: bool [B, D], found a difficult object, counts neither way.
+    ignored: bool [B, D], matched with a difficult object: neither a true nor a false positive.
     """
 
     true_positive: Tensor
@@ -32,11 +32,11 @@ def match_detections(
     gt_difficult: Tensor,
     iou_threshold: float = VOC_IOU_THRESHOLD,
 ) -> Matches:
-    """One-to-one matches of detections and objects of the same class and image.
+    """Matches detections one-to-one with objects of the same class and image.
 
-    Each detection takes the object with which it has the highest IoU (the first of equals), difficult ones included,
-    and no second choice. If the IoU reaches the threshold, a difficult object makes the detection ignored; of those
-    that take the same other object the one with the highest score (the first of equals) is the true positive.
+    Each detection considers only the object with which it has the highest IoU (of equals the first), difficult objects
+    included. If the IoU reaches the threshold and the object is difficult, the detection is ignored. Of the detections
+    that consider the same other object, the one with the highest score (of equals the first) is the true positive.
 
     Args:
         det_boxes_xyxy: [B, D, 4], in any order.
@@ -49,12 +49,12 @@ def match_detections(
 
     Source: VOCevaldet.m of the VOC2007 devkit, which asks for overlap >= 0.5.
     """
-    # vmap: box_iou takes batches only since torchvision 0.24.
+    # vmap, because box_iou takes batches only since torchvision 0.24.
     iou = torch.vmap(box_iou)(det_boxes_xyxy, gt_boxes_xyxy)  # [B, D, N]
     same_class = (det_labels[:, :, None] == gt_labels[:, None, :]) & (det_labels > 0)[:, :, None]
-    # Padded boxes have no area, so their IoU may be NaN, which max would return: the comparison drops it.
+    # Padded boxes have no area, so their IoU may be NaN, which max would return. The comparison turns it into -1.
     iou = torch.where(same_class & (iou >= iou_threshold), iou, -1.0)
-    # One more object that nothing matches, for N = 0.
+    # One more object that nothing matches, so that max also works for N = 0.
     best_iou, best_gt = F.pad(iou, (0, 1), value=-1.0).max(dim=2)
     found = best_iou >= 0
     ignored = found & F.pad(gt_difficult, (0, 1)).gather(1, best_gt)

@@ -26,9 +26,10 @@ class RecordBatch(NamedTuple):
 
 
 class DetectionRecords:
-    """Detections and objects of a split, collected batch by batch; what `voc_map` and `coco_ap` read.
+    """Detections and objects of a split, collected batch by batch for `voc_map` and `coco_ap`.
 
-    `image_ids` lists all images in the order in which they were added, `batches` their `RecordBatch`es.
+    image_ids: of all images, in the order of `batches`.
+    batches: the `RecordBatch` of each call of `add`.
     """
 
     def __init__(self) -> None:
@@ -45,10 +46,10 @@ class DetectionRecords:
         gt_labels: Tensor,
         gt_difficult: Tensor,
     ) -> None:
-        """Adds B images; shapes as in `match_detections`, on any device, boxes of an image all in the same units.
+        """Adds B images; shapes as in `match_detections`, on any device, all boxes of an image in the same units.
 
         Raises:
-            ValueError: the tensors do not hold as many images as there are ids.
+            ValueError: a tensor has another number of images than `image_ids`.
         """
         batch = (det_boxes_xyxy, det_scores, det_labels, gt_boxes_xyxy, gt_labels, gt_difficult)
         if any(len(tensor) != len(image_ids) for tensor in batch):
@@ -59,10 +60,10 @@ class DetectionRecords:
 
 @dataclass(frozen=True)
 class VocResult:
-    """mAP and AP by class name, in [0, 1].
+    """mAP, and AP by class name, in [0, 1].
 
-    A class without objects that count (none, or all difficult) has no AP: it is NaN in the dicts and left out of the
-    means. If no class has any, the means are NaN.
+    AP is NaN for a class without objects that count (none, or all difficult), and the mean leaves it out. mAP is NaN if
+    that holds for all classes.
     """
 
     map_11pt: float
@@ -74,15 +75,15 @@ class VocResult:
 def precision_recall(
     scores: Tensor, true_positive: Tensor, ignored: Tensor, positives: int | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Precision and recall after each detection, from the highest score (the first of equals) to the lowest.
+    """Precision and recall after each detection, in the order of descending scores (of equals the first comes first).
 
-    An ignored detection keeps its place and repeats the values before it; 0 and 0 where there are none.
+    An ignored detection keeps its place and repeats the values before it, 0 and 0 at the beginning.
 
     Args:
         scores: [..., D].
         true_positive: bool [..., D].
-        ignored: bool [..., D], detections that count neither way; padding, too.
-        positives: objects that can be found, 1 or more: one number or a tensor [...].
+        ignored: bool [..., D], detections that do not count, padding included.
+        positives: number of objects that count, at least 1: a number or a tensor [...].
 
     Returns:
         Precision and recall, float64 [..., D].
@@ -94,19 +95,19 @@ def precision_recall(
 
 
 def average_precision_11_point(precision: Tensor, recall: Tensor) -> Tensor:
-    """Mean over recalls 0, 0.1, ..., 1 of the highest precision at that recall or more: float64 [...] in [0, 1].
+    """Mean over the recalls r = 0, 0.1, ..., 1 of the highest precision at a recall >= r: float64 [...] in [0, 1].
 
     `precision` and `recall` [..., D] as `precision_recall` returns them. Source: VOC2007 (Everingham et al., IJCV 2010,
     section 4.2).
     """
-    # Not linspace or arange by 0.1: their 0.3 is a little more than 3 / 10, so 3 of 10 objects would not reach it.
+    # Not linspace or steps of 0.1: their 0.3 is slightly more than 3 / 10, so 3 of 10 objects would not reach it.
     points = torch.arange(11, dtype=recall.dtype, device=recall.device) / 10
     first = torch.searchsorted(recall.contiguous(), points.expand(*recall.shape[:-1], 11).contiguous())
     return F.pad(_envelope(precision), (0, 1)).gather(-1, first).mean(-1)
 
 
 def average_precision_all_point(precision: Tensor, recall: Tensor) -> Tensor:
-    """Area under the highest precision at each recall or more: float64 [...] in [0, 1].
+    """Area under the precision-recall curve, with the highest precision at a recall >= r: float64 [...] in [0, 1].
 
     `precision` and `recall` [..., D] as `precision_recall` returns them. Source: VOC2010 and later devkits.
     """
@@ -114,11 +115,11 @@ def average_precision_all_point(precision: Tensor, recall: Tensor) -> Tensor:
 
 
 def voc_map(records: DetectionRecords, class_names: Sequence[str]) -> VocResult:
-    """VOC mAP at IoU 0.5, with both kinds of AP; classes without objects are left out of the means.
+    """VOC mAP at IoU 0.5, with both kinds of AP.
 
     Args:
-        records: of all images of the split.
-        class_names: without background: label k is `class_names[k - 1]`.
+        records: all images of the split.
+        class_names: without background; label k is `class_names[k - 1]`.
     """
     scores, labels, true_positive, ignored = _match_all(records)
     counts = _count_objects(records, len(class_names))
@@ -134,24 +135,28 @@ def voc_map(records: DetectionRecords, class_names: Sequence[str]) -> VocResult:
 
 
 def _envelope(precision: Tensor) -> Tensor:
+    """The highest precision from each detection on, [..., D]."""
     return precision.flip(-1).cummax(-1).values.flip(-1)
 
 
 def _match_all(records: DetectionRecords) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Score, label, true positive and ignored of all detections of all images, each [detections]."""
-    columns = [(torch.zeros(0), torch.zeros(0, dtype=torch.int64), *[torch.zeros(0, dtype=torch.bool)] * 2)]
+    """Score, label, true positive and ignored of the detections of all images, each [detections]."""
+    none = torch.zeros(0, dtype=torch.bool)
+    scores, labels = [torch.zeros(0)], [torch.zeros(0, dtype=torch.int64)]  # for a split without batches
+    true_positive, ignored = [none], [none]
     for batch in records.batches:
+        matches = match_detections(*batch)
         valid = batch.det_labels > 0
-        columns.append(
-            tuple(column[valid] for column in (batch.det_scores, batch.det_labels, *match_detections(*batch)))
-        )
-    scores, labels, true_positive, ignored = map(torch.cat, zip(*columns, strict=True))
-    return scores, labels, true_positive, ignored
+        scores.append(batch.det_scores[valid])
+        labels.append(batch.det_labels[valid])
+        true_positive.append(matches.true_positive[valid])
+        ignored.append(matches.ignored[valid])
+    return torch.cat(scores), torch.cat(labels), torch.cat(true_positive), torch.cat(ignored)
 
 
 def _count_objects(records: DetectionRecords, classes: int) -> list[int]:
     """Objects of each class that are not difficult."""
-    counts = torch.zeros(classes + 1, dtype=torch.int64)  # place 0: padding
+    counts = torch.zeros(classes + 1, dtype=torch.int64)  # index 0: padding
     for batch in records.batches:
         counts += batch.gt_labels[~batch.gt_difficult].bincount(minlength=classes + 1)
     return counts[1:].tolist()

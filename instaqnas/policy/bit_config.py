@@ -1,9 +1,9 @@
-"""Bit configurations [B, L]: the ways to choose them, and their log-probability and entropy under a policy.
+"""Bit configurations [B, L]: ways to choose them, and their log-probability and entropy under a policy.
 
-`ChooseBits` is the one interface between a detector loop and what chooses: what a policy looks at and the B keys of the
-images -> choices [B, L]. It looks at the images [B, 3, S, S], or at features of theirs [B, C, H, W]; other ways to
-choose only take number and device from there. What is random comes from a `Draw`: keys -> numbers in [0, 1), float64
-[B, L], an image's own whatever batch it is in.
+Loops over batches get configurations from a `ChooseBits` function: (input of the policy, keys of the B images) ->
+choices [B, L]. Only a policy reads its input, images [B, 3, S, S] or features [B, C, H, W]; the other functions take
+just the number of images and the device from it. Random choices come from a `Draw` function: keys -> numbers in [0, 1),
+float64 [B, L]. The numbers of an image depend on its key alone, not on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from instaqnas.quant.switchable import BitChoice
+from instaqnas.bits import BitChoice
 from instaqnas.seeds import SampleKey
 
 ChooseBits = Callable[[Tensor, Sequence[SampleKey]], Tensor]
@@ -21,12 +21,12 @@ Draw = Callable[[Sequence[SampleKey]], Tensor]
 
 
 def uniformly_random(choices: int, draw: Draw) -> ChooseBits:
-    """Every one of K choices equally likely at every position and image."""
+    """Samples one of K choices uniformly and independently per image and position."""
     return lambda images, keys: (choices * draw(keys)).long().to(images.device)
 
 
 def with_frequencies(frequencies: Tensor, draw: Draw) -> ChooseBits:
-    """Every image and position independently, choice k at position l with probability `frequencies[l, k]`, [L, K]."""
+    """Samples independently per image and position: choice k at position l has probability `frequencies[l, k]`."""
 
     def choose(images: Tensor, keys: Sequence[SampleKey]) -> Tensor:
         return sample(frequencies.expand(len(images), -1, -1), draw(keys)).to(images.device)
@@ -35,7 +35,7 @@ def with_frequencies(frequencies: Tensor, draw: Draw) -> ChooseBits:
 
 
 def handed_out(configurations: Tensor, draw: Draw) -> ChooseBits:
-    """Every image gets one of the bit configurations [N, L], each equally likely."""
+    """Samples one of the bit configurations [N, L] uniformly per image."""
 
     def choose(images: Tensor, keys: Sequence[SampleKey]) -> Tensor:
         picked = (len(configurations) * draw(keys)[:, 0]).long()
@@ -45,18 +45,19 @@ def handed_out(configurations: Tensor, draw: Draw) -> ChooseBits:
 
 
 def sandwich(choices: Sequence[BitChoice], draw: Draw) -> ChooseBits:
-    """The sandwich rule (Yu and Huang, ICCV 2019) within the batch of a step, whose images come in random order.
+    """The sandwich rule (Yu and Huang, ICCV 2019) within each batch, whose images come in random order.
 
-    Of three images in a row the first has the cheapest choice at every position, the second the dearest, the third a
-    uniformly random configuration. Cost is weight bits x activation bits.
+    Of three consecutive images, the first runs at the cheapest choice at every position, the second at the most
+    expensive one, the third at a uniformly random configuration. Cost is weight bits x activation bits.
     """
     costs = [weight_bits * activation_bits for weight_bits, activation_bits in choices]
-    ends = torch.tensor([costs.index(min(costs)), costs.index(max(costs)), 0])
+    cheapest, most_expensive = costs.index(min(costs)), costs.index(max(costs))
+    choice_of_role = torch.tensor([cheapest, most_expensive, 0])  # the third role takes random choices instead
     random = uniformly_random(len(choices), draw)
 
     def choose(images: Tensor, keys: Sequence[SampleKey]) -> Tensor:
         role = torch.tensor([key.place % 3 for key in keys])[:, None]
-        return torch.where(role < 2, ends[role], random(images, keys).cpu()).to(images.device)
+        return torch.where(role < 2, choice_of_role[role], random(images, keys).cpu()).to(images.device)
 
     return choose
 
@@ -67,7 +68,7 @@ def fixed(config: Sequence[int]) -> ChooseBits:
 
 
 def sampled_by(policy: nn.Module, epsilon: float, draw: Draw) -> ChooseBits:
-    """Sampled from the policy's distribution mixed with `epsilon` parts of the uniform one."""
+    """Samples from (1 - epsilon) * policy + epsilon * uniform."""
 
     @torch.no_grad()
     def choose(images: Tensor, keys: Sequence[SampleKey]) -> Tensor:
@@ -96,20 +97,20 @@ def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         probabilities: [B, L, K].
-        uniform: random numbers in [0, 1), float64 [B, L], on the CPU: drawn there so that devices agree.
+        uniform: random numbers in [0, 1), float64 [B, L], from the CPU, so that all devices draw the same choices.
     """
     cumulative = probabilities.detach().cpu().double().cumsum(-1)
-    # Scaled by their sum, which rounding leaves beside 1: a last choice of probability 0 stays out of reach.
+    # Rounding can leave the sum just below or above 1. Scaled by it, a last choice of probability 0 is never drawn.
     chosen = (uniform[..., None] * cumulative[..., -1:] >= cumulative[..., :-1]).sum(-1)
     return chosen.to(probabilities.device)
 
 
 def log_prob(probabilities: Tensor, choices: Tensor) -> Tensor:
-    """Log-probability [B] of bit configurations `choices` [B, L]: the sum over positions, each counted once."""
+    """Log-probability [B] of bit configurations `choices` [B, L] under `probabilities` [B, L, K]: a sum over L."""
     return probabilities.gather(-1, choices[..., None]).squeeze(-1).log().sum(-1)
 
 
 def entropy(probabilities: Tensor) -> Tensor:
     """Entropy per image and position [B, L] in nats, of `probabilities` [B, L, K]."""
-    logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()  # at 0, a gradient that is finite
+    logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()  # keeps the gradient finite at 0
     return -(probabilities * logs).sum(-1)

@@ -1,4 +1,4 @@
-"""How the reward `budget` comes to its target: the price of GBitOps during the search, and the last step after it."""
+"""How the reward `budget` meets its target: the price of GBitOps during the search, and a final shift of the logits."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 SMOOTHING = 0.3  # weight of the newest batch in the moving average of the excess
-TOLERANCE = 1e-3  # of the target: a mean cost closer than this has met it
+TOLERANCE = 1e-3  # relative: a mean cost this close to the target has met it
 BISECTIONS = 100
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """The price of GBitOps: dual ascent, and a proportional term that damps its swings.
+    """The Lagrange multiplier, that is the price of GBitOps: dual ascent plus a proportional term against overshoot.
 
-    Ascent alone integrates the excess while the policy, which answers late, integrates the price: together they swing
-    about the target. The proportional term takes effect at once, and gives way at once when the target is reached.
+    Dual ascent integrates the excess, and the policy, which reacts with a delay, integrates the price: together they
+    oscillate about the target. The proportional term acts at once and vanishes as soon as the target is met.
 
     integral: sum of the steps of dual ascent, never below 0.
     excess: moving average of mean cost / target - 1.
@@ -30,11 +30,11 @@ class Multiplier:
     excess: float = 0.0
 
     def value(self, gain: float) -> float:
-        """The multiplier, never below 0; `gain` weighs the proportional term."""
+        """max(0, integral + gain * excess)."""
         return max(0.0, self.integral + gain * self.excess)
 
     def updated(self, mean_gbitops: float, target: float, lr: float) -> Multiplier:
-        """After a policy step whose images cost `mean_gbitops`; `lr` is the step of dual ascent."""
+        """The multiplier after a policy step with the mean cost `mean_gbitops`; `lr` is the step of dual ascent."""
         excess = mean_gbitops / target - 1
         return Multiplier(max(0.0, self.integral + lr * excess), self.excess + SMOOTHING * (excess - self.excess))
 
@@ -45,25 +45,26 @@ def greedy_gbitops(logits: Tensor, costs: Tensor, fixed: float) -> float:
     Args:
         logits: [N, L, K].
         costs: GBitOps of each choice at each position, [L, K].
-        fixed: GBitOps of all that is not chosen.
+        fixed: GBitOps that do not depend on the choices.
     """
     return fixed + costs.expand_as(logits).gather(-1, logits.argmax(-1, keepdim=True)).sum().item() / len(logits)
 
 
 def budget_offset(logits: Tensor, costs: Tensor, fixed: float, target: float) -> Tensor:
-    """What to add to a policy's logits, [L, K], so that the most likely choices of N images cost `target` on average.
+    """Offset [L, K] to the logits of a policy so that the most likely choices of N images cost `target` on average.
 
-    It is -price * costs, with one price for all images and positions. The choices become those that maximise
-    sum log p(choice) - price * GBitOps: of all with their mean cost, the likeliest by the policy itself (Lagrange
-    relaxation; Everett, Operations Research 1963). Where the policy is least decided per GBitOps, they change first.
-    The mean cost falls with the price in steps of one position of one image, so bisection finds it; where images with
-    equal logits make a step too wide for `TOLERANCE`, the end that is nearer to the target is taken.
+    It is -price * costs, with one price for all images and positions. The shifted policy chooses the maximum of
+    sum log p(choice) - price * GBitOps: among all choices with the same mean cost, the ones that the policy itself
+    finds most likely (Lagrange relaxation; Everett, Operations Research 1963). Positions where the policy is least
+    decided per GBitOps change first. The mean cost is a step function of the price, one step per position and image,
+    and bisection finds the price. If images with equal logits make a step wider than `TOLERANCE`, the side closer to
+    the target is taken.
 
     Args:
-        logits: of the policy in evaluation, [N, L, K].
+        logits: of the policy in eval mode, [N, L, K].
         costs: GBitOps of each choice at each position, [L, K].
-        fixed: GBitOps of all that is not chosen, policy included.
-        target: mean GBitOps, from that of the cheapest configuration to that of the dearest.
+        fixed: GBitOps that do not depend on the choices, policy included.
+        target: mean GBitOps, between the costs of the cheapest and the most expensive configuration.
     """
     logits, costs = logits.double(), costs.double()
 
@@ -71,10 +72,10 @@ def budget_offset(logits: Tensor, costs: Tensor, fixed: float, target: float) ->
         return greedy_gbitops(logits - price * costs, costs, fixed)
 
     differences = (costs[:, :, None] - costs[:, None, :]).abs()
-    if not differences.any():  # nothing to choose from, or all at the same cost
+    if not differences.any():  # a single choice, or all choices cost the same
         return torch.zeros_like(costs)
     smallest = differences[differences > 0].min().item()
-    highest = 1 + 2 * (logits.amax() - logits.amin()).item() / smallest  # here cost alone decides
+    highest = 1 + 2 * (logits.amax() - logits.amin()).item() / smallest  # beyond this price the cost alone decides
     low, high = -highest, highest
     for _ in range(BISECTIONS):
         price = (low + high) / 2

@@ -1,5 +1,6 @@
-"""The policy network: a small quantized residual network that looks at the image (paper, section on the policy), or at
-the features of the detector's stem, which the detector computes anyway.
+"""The policy network: a small quantized residual network (paper, section on the policy).
+
+Its input is the image, or the features of the detector's frozen stem, which the detector computes anyway.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from instaqnas.bits import BitChoice
 from instaqnas.pixels import normalized
 from instaqnas.quant.bitops import LayerCost, measure_layers
-from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
+from instaqnas.quant.switchable import SwitchableConv2d
 
-START_PROBABILITY = 0.7
 BLOCKS = ((1, 1), (2, 2), (4, 2), (8, 2))  # (channels in units of the width, stride) of the residual blocks
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm, around them the identity or a 1x1 convolution with BatchNorm."""
+    """Two 3x3 convolutions with BatchNorm, and a shortcut: the identity or a 1x1 convolution with BatchNorm."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, bits: BitChoice) -> None:
         super().__init__()
@@ -31,7 +32,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, H, W] -> [B, out, ceil(H / stride), ceil(W / stride)]."""
-        inner = self.second(self.first(x)).value()  # the ReLU between the two is the quantizer's
+        inner = self.second(self.first(x)).value()  # the second layer's quantizer applies the ReLU in between
         shortcut = x if self.shortcut is None else self.shortcut(x).value()
         return F.relu(inner + shortcut)
 
@@ -39,20 +40,22 @@ class ResidualBlock(nn.Module):
 class PolicyNet(nn.Module):
     """Logits of the bit choices at every position, from the image or from the features of the detector's stem.
 
-    The image is pooled, and goes through a 7x7 convolution and a max-pooling, both of stride 2. The features have half
-    its size already: they are pooled only, and go through a 3x3 convolution of stride 1. That the stem has run before
-    is no cost of the policy's: the detector goes on from the same features (`SwitchableSSD.look`).
+    An image is pooled, then passes a 7x7 convolution and a max-pooling, both of stride 2. Features have half the
+    resolution already: they are pooled, then pass a 3x3 convolution of stride 1. The stem is not part of the policy's
+    cost, because the detector continues from the same features (`SwitchableSSD.observe`).
 
     Args:
         positions: L.
         choices: K.
-        pool: factor by which the image, or the features, are average-pooled first.
-        width: channels of the first block; the paper has 16.
-        bits: (weight bits, activation bits) at which the network runs and is counted.
-        stem_channels: those of the detector's stem, to look at its features; None looks at the image.
-        effort: what a unit of effort adds to the logits of the K choices, the same at all positions until `begin` says
-            otherwise; the network then has one output more, the effort for the image. None has no such output.
+        pool: factor of the average-pooling of the input.
+        width: channels of the first block, 16 in the paper.
+        bits: (weight bits, activation bits) of all layers.
+        stem_channels: channels of the detector's stem if its features are the input; None if the image is.
+        effort: change of the logits of the K choices per unit of effort, the same at all positions until `begin` sets
+            it. The network then has one more output, the effort of the image. None for a network without effort.
     """
+
+    effort: Tensor | None
 
     def __init__(
         self,
@@ -79,47 +82,48 @@ class PolicyNet(nn.Module):
         outputs = positions * choices + (effort is not None)
         self.head = SwitchableConv2d(in_channels, outputs, 1, [bits], batch_norm=False)
         self.register_buffer("effort", None if effort is None else torch.tensor(effort).repeat(positions, 1))
-        nn.init.normal_(self.head.weight, std=0.01)  # an almost uniform policy to start from
+        nn.init.normal_(self.head.weight, std=0.01)  # a new policy is almost uniform
 
-    def forward(self, seen: Tensor) -> Tensor:
+    def forward(self, observed: Tensor) -> Tensor:
         """Logits [B, L, K] for RGB images [B, 3, S, S], uint8 or float, 0 to 255.
 
-        With `stem_channels`, for that many features [B, C, H, W] behind their ReLU.
+        With `stem_channels`, for features [B, C, H, W] after their ReLU.
         """
-        logits, effort = self._outputs(seen)
+        logits, effort = self._outputs(observed)
         if self.effort is None:
             return logits
-        shift = effort[:, None, None] * self.effort  # apart from the sum, which compiled code may round once
-        return logits + shift
+        return logits + effort[:, None, None] * self.effort  # not addcmul, which may round only once
 
-    def efforts(self, seen: Tensor) -> Tensor:
-        """The efforts [B] for images, or features, as `forward` takes them."""
-        return self._outputs(seen)[1]
+    def efforts(self, observed: Tensor) -> Tensor:
+        """The efforts [B] for the same input as `forward` takes."""
+        return self._outputs(observed)[1]
 
-    def _outputs(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+    def _outputs(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, L, K] without effort, and the network's last output [B]."""
-        x = self.blocks(self._from_image(seen) if self.stem_channels is None else self._from_stem(seen))
+        x = self.blocks(self._from_image(observed) if self.stem_channels is None else self._from_stem(observed))
         x = self.head(F.adaptive_avg_pool2d(x, 1)).value().flatten(1)
         return x[:, : self.positions * self.choices].view(-1, self.positions, self.choices), x[:, -1]
 
     def example(self, image_size: int) -> Tensor:
-        """Zeros of the shape of what it looks at, for one image of `image_size` pixels a side."""
+        """An input of zeros for one image of `image_size` pixels a side."""
         side = image_size if self.stem_channels is None else -(-image_size // 2)
         return torch.zeros(1, self.stem_channels or 3, side, side, device=self.head.weight.device)
 
     @torch.no_grad()
     def add_to_logits(self, offset: Tensor) -> None:
-        """Adds `offset` [L, K] to the logits of all images, once and for all."""
+        """Adds `offset` [L, K] to the logits of all images from now on."""
+        assert self.head.bias is not None, "the head has a bias instead of BatchNorm"
         self.head.bias[: offset.numel()] += offset.flatten().to(self.head.bias)
 
     @torch.no_grad()
     def begin(self, logits: Tensor, effort: Tensor) -> None:
-        """Adds `logits` [L, K] to those of all images, and has a unit of effort add `effort` [L, K] from now on."""
+        """Adds `logits` [L, K] to the logits of all images, and sets their change per unit of effort to [L, K]."""
+        assert self.effort is not None, "the policy was built with effort"
         self.add_to_logits(logits)
         self.effort.copy_(effort)
 
     def _from_image(self, images: Tensor) -> Tensor:
-        x = F.avg_pool2d(normalized(images), self.pool, ceil_mode=True)  # no pixel left out
+        x = F.avg_pool2d(normalized(images), self.pool, ceil_mode=True)  # rounding down would drop pixels at the edge
         return F.max_pool2d(F.relu(self.stem(x).value()), 3, stride=2, padding=1)
 
     def _from_stem(self, features: Tensor) -> Tensor:
@@ -127,10 +131,10 @@ class PolicyNet(nn.Module):
 
 
 def effort_of(choices: Sequence[BitChoice]) -> list[float]:
-    """What a unit of effort adds to the logits of K choices: log2 of weight bits x activation bits, of mean 0 and
-    standard deviation 1 over the choices (all 0 if they cost the same).
+    """Change of the logits of K choices per unit of effort: log2(weight bits x activation bits), standardised.
 
-    An image that needs more of everything then needs one output of the policy to say so, not L x K.
+    Mean 0 and standard deviation 1 over the choices; all 0 if they cost the same. Raising the bits of all positions of
+    an image then takes one output of the policy instead of L x K.
     """
     logs = [math.log2(weight_bits * activation_bits) for weight_bits, activation_bits in choices]
     mean = sum(logs) / len(logs)
@@ -138,21 +142,12 @@ def effort_of(choices: Sequence[BitChoice]) -> list[float]:
     return [(value - mean) / deviation if deviation else 0.0 for value in logs]
 
 
-def start_logits(configuration: Sequence[int], choices: int) -> Tensor:
-    """Logits [L, K] with the probability `START_PROBABILITY` for one configuration's choice at each position.
-
-    The other K - 1 = `choices` - 1 share the rest.
-    """
-    odds = START_PROBABILITY * max(1, choices - 1) / (1 - START_PROBABILITY)
-    return math.log(odds) * F.one_hot(torch.tensor(configuration), choices).float()
-
-
 def policy_layers(policy: PolicyNet, image_size: int) -> list[LayerCost]:
-    """MACs and bits of every layer of the policy for images of `image_size` pixels a side."""
-    seen = policy.example(image_size)
-    return measure_layers(policy, lambda: policy(seen))
+    """MACs and bits of every layer of the policy, for images of `image_size` pixels a side."""
+    example = policy.example(image_size)
+    return measure_layers(policy, lambda: policy(example))
 
 
 def policy_gbitops(policy: PolicyNet, image_size: int) -> float:
-    """GBitOps of one decision."""
+    """GBitOps of one run of the policy."""
     return sum(layer.bitops() for layer in policy_layers(policy, image_size)) / 1e9

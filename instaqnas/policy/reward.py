@@ -1,7 +1,7 @@
-"""Rewards of one image from its detection quality and its GBitOps; all tensors are [B].
+"""Rewards of an image from its detection quality q and its GBitOps e; all tensors are [B].
 
-The formulas are those of the paper (its names in brackets) over a quality that is counted one-to-one, and `budget`.
-The simplest, `quality` [prec_only], is the quality itself.
+The rewards of the paper (its names in brackets), with detections matched one-to-one, and `budget`. The simplest one,
+`quality` [prec_only], is the quality itself.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Window:
-    """The GBitOps that `window_*` rewards aim at, lower < upper."""
+    """The range of GBitOps that `window_*` rewards favour, lower < upper."""
 
     lower: float
     upper: float
 
     @property
     def width(self) -> float:
-        """W."""
+        """W = upper - lower."""
         return self.upper - self.lower
 
 
 def scheduled_window(lower: float, upper_start: float, upper_end: float, progress: float) -> Window:
-    """The window at `progress` (0 in the first epoch, 1 in the last): its upper end moves linearly."""
+    """The window at `progress` (0 in the first epoch, 1 in the last), whose upper end moves linearly."""
     return Window(lower, upper_start + (upper_end - upper_start) * progress)
 
 
@@ -37,12 +37,12 @@ def ratio(quality: Tensor, gbitops: Tensor, *, reference: float, exponent: float
 
 
 def bump(gbitops: Tensor, window: Window) -> Tensor:
-    """g(e): 1 in the middle of the window, 0 at its ends and outside, a parabola between."""
+    """g(e) = max(0, 4 (upper - e) (e - lower) / W^2): 1 in the middle of the window, 0 at its ends and outside."""
     return (4 * (window.upper - gbitops) * (gbitops - window.lower) / window.width**2).clamp(min=0)
 
 
 def signed_bump(gbitops: Tensor, window: Window) -> Tensor:
-    """h(e): g inside the window; outside it falls with the distance, with g's slope at the ends, down to -1."""
+    """h(e): g inside the window, else max(-1, c (1.2^-distance - 1)); c makes the slope continuous at the ends."""
     distance = torch.maximum(window.lower - gbitops, gbitops - window.upper)
     slope = 4 / (window.width * math.log(1.2))
     outside = (slope * (1.2 ** (-distance.clamp(min=0)) - 1)).clamp(min=-1)
@@ -71,8 +71,8 @@ def window_signed(
 
 
 def budget(quality: Tensor, gbitops: Tensor, *, target: float, multiplier: float) -> Tensor:
-    """q - multiplier * (e / target - 1): the Lagrangian of "the best quality at mean cost `target`".
+    """q - multiplier * (e / target - 1): the Lagrangian of maximal quality at the mean cost `target`.
 
-    Where the multiplier comes from is in instaqnas/policy/budget.py.
+    The multiplier is updated by `instaqnas.policy.budget.Multiplier`.
     """
     return quality - multiplier * (gbitops / target - 1)

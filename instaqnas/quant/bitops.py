@@ -1,7 +1,8 @@
-"""MACs per layer, measured on real shapes once, and the GBitOps of a bit configuration as a table sum.
+"""MACs of every layer, and the GBitOps of bit configurations.
 
-GBitOps = sum over layers of MACs x weight bits x activation bits / 1e9. Additions, pooling, BatchNorm and the
-elementwise operations of quantization are not counted, as is usual.
+GBitOps = sum over layers of MACs x weight bits x activation bits / 1e9. MACs are measured once, by sending one image
+through the network; the cost of a configuration is then a sum over a table. Additions, pooling, BatchNorm and
+quantization itself are not counted, as is usual.
 """
 
 from __future__ import annotations
@@ -13,13 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from instaqnas.quant.quantizers import Affine
-from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
+from instaqnas.bits import BitChoice
+from instaqnas.quant.affine import Affine
+from instaqnas.quant.switchable import SwitchableConv2d
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One convolution: its name in the network, MACs per image, parameters, those that are weights, its bit choices."""
+    """Cost of one convolution.
+
+    name: its name in the network.
+    macs: multiply-accumulates per image.
+    params: learned numbers, with step sizes and BatchNorm.
+    weights: numbers in the weight of one choice.
+    choices: its K bit choices.
+    """
 
     name: str
     macs: int
@@ -28,18 +37,21 @@ class LayerCost:
     choices: tuple[BitChoice, ...]
 
     def bitops(self, choice: int = 0) -> int:
-        """Bit operations of one image at choice number `choice`."""
+        """MACs x weight bits x activation bits of one image at choice k = `choice`."""
         weight_bits, activation_bits = self.choices[choice]
         return self.macs * weight_bits * activation_bits
 
     def weight_bytes(self, choice: int = 0) -> int:
-        """Bytes of the weights at choice number `choice`, packed without gaps."""
+        """Bytes of the weight at choice k = `choice`, packed without gaps."""
         return (self.weights * self.choices[choice][0] + 7) // 8
 
 
 @torch.no_grad()
 def measure_layers(network: nn.Module, forward: Callable[[], object]) -> list[LayerCost]:
-    """Costs of all convolutions of `network` in the order in which `forward()`, which sends one image, runs them."""
+    """Costs of all convolutions of `network`, in the order in which they run.
+
+    `forward()` sends one image through the network; the network is in evaluation mode meanwhile.
+    """
     names = {module: name for name, module in network.named_modules() if isinstance(module, SwitchableConv2d)}
     layers: list[LayerCost] = []
 
@@ -66,7 +78,11 @@ class CostTable:
 
     Args:
         layers: all its convolutions.
-        positions: names of the layers that the policy controls, in the order of the columns of `choices`.
+        positions: names of the L layers that the policy controls, in the order of the columns of `choices`.
+
+    Attributes:
+        table: bit operations [L, K] of each choice at each position, int64.
+        fixed: bit operations of all other layers.
     """
 
     def __init__(self, layers: Sequence[LayerCost], positions: Sequence[str]) -> None:
@@ -74,7 +90,7 @@ class CostTable:
         self.positions = tuple(positions)
         self.fixed = sum(layer.bitops() for layer in layers if layer.name not in set(positions))
         rows = [[by_name[name].bitops(k) for k in range(len(by_name[name].choices))] for name in positions]
-        self.table = torch.tensor(rows, dtype=torch.int64)  # [L, K]; integers keep the figures exact
+        self.table = torch.tensor(rows, dtype=torch.int64)  # integers: sums stay exact
 
     def gbitops(self, choices: Tensor) -> Tensor:
         """GBitOps per image [B], float64 on the CPU, of bit configurations `choices` [B, L]."""
@@ -82,7 +98,7 @@ class CostTable:
         return (self.fixed + picked.sum(0)).double() / 1e9
 
     def gbitops_table(self) -> Tensor:
-        """GBitOps of each choice at each position, float64 [L, K]; beside them there are `fixed` bit operations."""
+        """GBitOps of each choice at each position, float64 [L, K], without the `fixed` part."""
         return self.table.double() / 1e9
 
     def lowest(self) -> float:

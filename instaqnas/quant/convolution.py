@@ -1,25 +1,27 @@
-"""Convolution of every image of a batch with the weight of its choice, each image computed once.
+"""Convolution of every image of a batch with the weight of its bit choice, each image computed once.
 
-On a CPU the images of a choice are convolved together, channels-last; on a GPU, where sorting them would wait for the
-device, and under autocast, every image with a copy of its weight.
+Which way is fastest depends on the device:
 
-Levels from 0 to 255 are bytes. On a CPU they are kept as bytes for the backward pass, and on processors with 8-bit dot
-products multiplied as bytes by oneDNN: the sums are the same whole numbers, found several times faster than in float32.
+- On a CPU, the images of each choice are convolved together, channels-last (`_ChoiceConv2d`). Levels that are kept as
+  bytes are multiplied as bytes where `byte_conv.uses_bytes` says so.
+- On a GPU, and under autocast, every image is convolved with its own copy of its weight (`per_image_conv2d`): sorting
+  images by choice would wait for the device.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ImagesOfChoices = list[tuple[int, Tensor | None]]
-PIXELS_WORTH_PACKING = 1024  # of the images of a choice, for which bytes gain more than packing a weight takes
+from instaqnas.quant.byte_conv import ByteConv2d, channels_last_rows, uses_bytes
+
+ImagesOfChoices = list[tuple[int, Tensor | None]]  # see `images_of_choices`
+PIXELS_WORTH_PACKING = 1024  # pixels per choice from which byte products save more time than packing a weight takes
 
 
 def choice_conv2d(
@@ -36,25 +38,24 @@ def choice_conv2d(
     """Convolution of image b with `weight[choice[b]]`, [B, out, H', W'].
 
     Args:
-        x: [B, in, H, W]; with `levels` only what carries their gradient.
+        x: [B, in, H, W]. With `levels` its values are not read; it only receives the gradient of the levels.
         weight: [K, out, in / groups, kh, kw].
         choice: [B] indices of the K weights; None where K = 1.
         stride, padding, groups: as in `torch.nn.Conv2d`.
-        levels: what is convolved, where it is bytes (`keeps_bytes`), uint8 [B, in, H, W], channels-last.
-        integers: what holds the whole numbers of `weight` then, int8 or int16.
+        levels: the input as bytes (`byte_conv.keeps_bytes`), uint8 [B, in, H, W], channels-last; None to convolve `x`.
+        integers: with `levels`, a type that holds the whole numbers of `weight`: int8 or int16.
     """
     if levels is not None or (x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")):
-        settings = {"stride": stride, "padding": padding, "groups": groups}
-        return _ChoiceConv2d.apply(x, levels, weight, images_of_choices(choice), integers, settings)
+        return _ChoiceConv2d.apply(x, levels, weight, images_of_choices(choice), integers, stride, padding, groups)
     if choice is None:
         return plain_conv2d(x, weight[0], stride, padding, groups)
     return per_image_conv2d(x, _Pick.apply(weight, choice), stride, padding, groups)
 
 
 def plain_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
-    """`F.conv2d`, but for maps of one pixel in float32 under autocast on a CPU.
+    """`F.conv2d`, but in float32 for maps of one pixel under autocast on a CPU.
 
-    There oneDNN's gradient of a strided 3x3 weight in bf16 is not even finite (torch 2.14, AVX512-BF16).
+    For those, oneDNN's bf16 gradient of a strided 3x3 weight is not even finite (torch 2.14, AVX512-BF16).
     """
     if x.device.type == "cpu" and x.shape[2:] == (1, 1) and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
@@ -63,7 +64,7 @@ def plain_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: i
 
 
 def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
-    """Convolution of every image with its own weight.
+    """Convolution of every image with a weight of its own.
 
     Args:
         x: [B, in, H, W].
@@ -85,79 +86,8 @@ def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, group
     return y.view(images, out, *y.shape[2:])
 
 
-class _Pick(torch.autograd.Function):
-    """Rows of a table [K, ...] for B images, [B, ...]; the gradient as a product, many times faster than a scatter."""
-
-    @staticmethod
-    def forward(ctx, table: Tensor, choice: Tensor) -> Tensor:
-        ctx.save_for_backward(choice)
-        ctx.shape = table.shape
-        return table.index_select(0, choice)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (choice,) = ctx.saved_tensors
-        member = F.one_hot(choice, ctx.shape[0]).T.to(grad.dtype)  # [K, B]
-        return (member @ grad.flatten(1)).view(ctx.shape), None
-
-
-def keeps_bytes(y: Tensor) -> bool:
-    """Whether levels from 0 to 255 of a feature map are best kept as bytes."""
-    plain = y.device.type == "cpu" and y.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return plain and _bytes_are_used
-
-
-class _ChoiceConv2d(torch.autograd.Function):
-    """`choice_conv2d` on a CPU."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        levels: Tensor | None,
-        weight: Tensor,
-        images: ImagesOfChoices,
-        integers: torch.dtype | None,
-        settings: dict[str, int],
-    ) -> Tensor:
-        ctx.dtype, ctx.images, ctx.settings = weight.dtype, images, settings
-        if levels is None:
-            x = x.contiguous(memory_format=torch.channels_last)
-            ctx.save_for_backward(x, weight)
-        else:
-            whole = weight.to(integers)
-            ctx.save_for_backward(levels, whole)
-            if levels.numel() // levels.shape[1] >= PIXELS_WORTH_PACKING * len(weight) and uses_bytes():
-                return by_choice([levels], images, lambda part, k: ByteConv2d(whole[k], **settings)(part))
-            x = levels.to(weight.dtype)
-        return by_choice([x], images, lambda part, k: F.conv2d(part, weight[k], **settings))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        stride, padding, groups = (ctx.settings[name] for name in ("stride", "padding", "groups"))
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-        of_weights = {}
-
-        def backward(grad: Tensor, x: Tensor, k: int) -> Tensor:
-            grad_x, of_weights[k], _ = torch.ops.aten.convolution_backward(
-                grad, x.to(ctx.dtype), weight[k].to(ctx.dtype), None, [stride] * 2, [padding] * 2, [1, 1],
-                transposed=False, output_padding=[0, 0], groups=groups, output_mask=[*needs, False],
-            )  # fmt: skip
-            return grad_x
-
-        grad_x = by_choice([grad.contiguous(memory_format=torch.channels_last), x], ctx.images, backward)
-        grad_weight = None
-        if needs[1]:
-            absent = torch.zeros(weight.shape[1:], dtype=ctx.dtype)
-            grad_weight = torch.stack([of_weights.get(k, absent) for k in range(len(weight))])
-        return grad_x, None, grad_weight, None, None, None
-
-
 def images_of_choices(choice: Tensor | None) -> ImagesOfChoices:
-    """Each choice that is there, and the indices of its images; None for all images, which need not be picked out.
+    """Pairs (k, indices of its images) for every choice k that occurs; indices None if all images have choice k.
 
     Args:
         choice: [B]; None for choice 0 throughout.
@@ -165,28 +95,41 @@ def images_of_choices(choice: Tensor | None) -> ImagesOfChoices:
     if choice is None or not len(choice):
         return [(0, None)]
     parts = choice.argsort(stable=True).split(choice.bincount().tolist())
-    present = [(k, images) for k, images in enumerate(parts) if len(images)]
+    present: ImagesOfChoices = [(k, images) for k, images in enumerate(parts) if len(images)]
     return present if len(present) > 1 else [(present[0][0], None)]
+
+
+@overload
+def by_choice(tensors: Sequence[Tensor], images_of: ImagesOfChoices, function: Callable[..., Tensor]) -> Tensor: ...
+
+
+@overload
+def by_choice(
+    tensors: Sequence[Tensor], images_of: ImagesOfChoices, function: Callable[..., Tensor | None]
+) -> Tensor | None: ...
 
 
 def by_choice(
     tensors: Sequence[Tensor], images_of: ImagesOfChoices, function: Callable[..., Tensor | None]
 ) -> Tensor | None:
-    """What `function(*parts, k)` makes of the images of each choice k, joined to one batch, channels-last.
+    """Calls `function(*parts, k)` with the images of each choice k and joins the results in the order of the batch.
 
     Args:
-        tensors: of the whole batch, [B, C, H, W], channels-last.
+        tensors: whole batches [B, C, H, W], channels-last; `parts` are their images [n, C, H, W] of choice k.
         images_of: see `images_of_choices`.
-        function: of those of n images, to [n, C', H', W'], channels-last, or None.
+        function: returns [n, C', H', W'], channels-last, or None for every k.
+
+    Returns: [B, C', H', W'], channels-last; None if `function` returns None.
     """
     (k, images), *_ = images_of
     if images is None:
         return function(*tensors, k)
     joined = None
     for k, images in images_of:
+        assert images is not None, "several choices have indices each"
         part = function(*(_of(tensor, images) for tensor in tensors), k)
         if part is not None:
-            rows = _rows(part)
+            rows = channels_last_rows(part)
             joined = rows.new_empty(len(tensors[0]), *rows.shape[1:]) if joined is None else joined
             for image, row in zip(images.tolist(), rows, strict=True):  # faster than an assignment to `images`
                 joined[image].copy_(row)
@@ -194,125 +137,102 @@ def by_choice(
 
 
 def _of(x: Tensor, images: Tensor) -> Tensor:
-    """Those images of a batch that is channels-last, and they too."""
-    rows = _rows(x)
+    """`x[images]` for a channels-last batch, which the result keeps."""
+    rows = channels_last_rows(x)
     return rows.flatten(1).index_select(0, images).view(-1, *rows.shape[1:]).permute(0, 3, 1, 2)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
+class _Pick(torch.autograd.Function):
+    """`table[choice]`: [K, ...] -> [B, ...], with its gradient as a matrix product, far faster than a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, choice: Tensor) -> Tensor:
+        ctx.save_for_backward(choice)
+        ctx.shape = table.shape
+        return table.index_select(0, choice)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (choice,) = ctx.saved_tensors
+        member = F.one_hot(choice, ctx.shape[0]).T.to(grad.dtype)  # [K, B]
+        return (member @ grad.flatten(1)).view(ctx.shape), None
 
 
-class ByteConv2d:
-    """Convolution of bytes with one weight of whole numbers, exact, for processors that `has_byte_products` tells of.
-
-    Args:
-        weight: [out, in / groups, kh, kw], whole numbers of up to 13 bits.
-        stride, padding, groups: as in `torch.nn.Conv2d`.
-        zero: the byte that stands for 0; it is also the padding.
-    """
-
-    def __init__(self, weight: Tensor, *, stride: int, padding: int, groups: int, zero: int = 0) -> None:
-        self.stride, self.padding, self.groups, self.zero = [stride] * 2, [padding] * 2, groups, zero
-        self.is_matrix = weight.shape[2:] == (1, 1) and (stride, padding, groups) == (1, 0, 1)
-        self.unscaled = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-        self.parts: list[tuple[Tensor, float]] = []  # the weight is their sum, each times its factor
-        for part, factor in _byte_parts(weight):
-            if self.is_matrix:
-                packed = torch.ops.onednn.qlinear_prepack(part.flatten(1).contiguous(), None)
-            else:
-                packed = torch.ops.onednn.qconv_prepack(
-                    part.contiguous(), self.unscaled[0], 1.0, zero, self.stride, self.padding, [1, 1], groups, None
-                )
-            self.parts.append((packed, factor))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """uint8 [B, in, H, W], channels-last -> float32 [B, out, H', W'], channels-last; exact below 2^24."""
-        (packed, factor), *others = self.parts
-        y = self._sums(x, packed)
-        if not others:
-            return y
-        y *= factor
-        for packed, factor in others:
-            y.add_(self._sums(x, packed), alpha=factor)
-        return y
-
-    def _sums(self, x: Tensor, packed: Tensor) -> Tensor:
-        if self.is_matrix:
-            rows = _rows(x)
-            y = torch.ops.onednn.qlinear_pointwise(
-                rows.flatten(0, 2), 1.0, self.zero, packed, *self.unscaled, None, 1.0, 0, torch.float32, "none", [], ""
-            )
-            return y.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
-        return torch.ops.onednn.qconv2d_pointwise(
-            x, 1.0, self.zero, packed, *self.unscaled, None, self.stride, self.padding, [1, 1], self.groups,
-            1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of an input [n, in, H, W] and of its weight, each None where `needs` is False."""
+    if weight.shape[2:] == (1, 1) and stride > 1:
+        # A strided pointwise convolution reads every `stride`-th pixel. oneDNN's own gradient of its weight writes past
+        # its workspace for channels-last inputs of few channels (uxlfoundation/oneDNN#6035).
+        read = x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
+        of_read, of_weight = _gradients(grad, read, weight, 1, padding, groups, needs)
+        if of_read is None:
+            return None, of_weight
+        grad_x = torch.zeros_like(x)
+        grad_x[:, :, ::stride, ::stride] = of_read
+        return grad_x, of_weight
+    grad_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1],
+        transposed=False, output_padding=[0, 0], groups=groups, output_mask=[*needs, False],
+    )  # fmt: skip
+    return grad_x, of_weight
 
 
-def _byte_parts(weight: Tensor) -> list[tuple[Tensor, float]]:
-    """int8 tensors and factors whose products sum up to `weight`."""
-    if weight.dtype == torch.int8:
-        return [(weight, 1.0)]
-    weight = weight.to(torch.int32)
-    lowest, highest = weight.min().item(), weight.max().item()
-    shift = 0
-    while lowest >> shift < -128 or highest >> shift > 127:
-        shift += 1
-    parts = [((weight >> shift).to(torch.int8), 2.0**shift)]
-    if shift:
-        parts.append(((weight & (2**shift - 1)).to(torch.int8), 1.0))
-    return parts
+class _ChoiceConv2d(torch.autograd.Function):
+    """`choice_conv2d` on a CPU, arguments as there."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        levels: Tensor | None,
+        weight: Tensor,
+        images: ImagesOfChoices,
+        integers: torch.dtype | None,
+        stride: int,
+        padding: int,
+        groups: int,
+    ) -> Tensor:
+        ctx.dtype, ctx.images, ctx.settings = weight.dtype, images, (stride, padding, groups)
+        if levels is None:
+            x = x.contiguous(memory_format=torch.channels_last)
+            ctx.save_for_backward(x, weight)
+        else:
+            whole = weight.to(integers)
+            ctx.save_for_backward(levels, whole)
+            if levels.numel() // levels.shape[1] >= PIXELS_WORTH_PACKING * len(weight) and uses_bytes():
 
-_bytes_are_used = True
+                def multiply_bytes(part: Tensor, k: int) -> Tensor:
+                    return ByteConv2d(whole[k], stride=stride, padding=padding, groups=groups)(part)
 
+                return by_choice([levels], images, multiply_bytes)
+            x = levels.to(weight.dtype)
 
-@contextlib.contextmanager
-def in_floating_point() -> Iterator[None]:
-    """Has fake-quantized layers keep and multiply levels in floating point where bytes are faster, to compare both."""
-    global _bytes_are_used
-    _bytes_are_used = False
-    try:
-        yield
-    finally:
-        _bytes_are_used = True
+        def multiply(part: Tensor, k: int) -> Tensor:
+            return F.conv2d(part, weight[k], stride=stride, padding=padding, groups=groups)
 
+        return by_choice([x], images, multiply)
 
-def uses_bytes() -> bool:
-    """Whether fake-quantized layers multiply bytes."""
-    return _bytes_are_used and has_byte_products()
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, groups = ctx.settings
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+        of_weights: dict[int, Tensor] = {}
 
+        def backward(grad: Tensor, x: Tensor, k: int) -> Tensor | None:
+            x, own_weight = x.to(ctx.dtype), weight[k].to(ctx.dtype)
+            grad_x, of_weight = _gradients(grad, x, own_weight, stride, padding, groups, needs)
+            if of_weight is not None:
+                of_weights[k] = of_weight
+            return grad_x
 
-@functools.cache
-def has_byte_products() -> bool:
-    """Whether this processor multiplies bytes fast, and oneDNN exactly.
-
-    Without 8-bit dot products, libraries may add pairs of products in 16 bits, which saturates.
-    """
-    try:
-        return torch.cpu._is_vnni_supported() and _products_are_exact()
-    except (RuntimeError, AttributeError):  # not built for this processor, or not in this version of torch
-        return False
-
-
-def _products_are_exact() -> bool:
-    """Whether the largest products and random ones come out right, in kernels of each kind."""
-    g = torch.Generator().manual_seed(0)
-    settings = {"generator": g, "device": "cpu"}
-    for inside, out, size, stride, groups in (
-        (64, 64, 1, 1, 1),
-        (33, 5, 1, 2, 1),
-        (33, 5, 3, 2, 1),
-        (32, 32, 3, 1, 32),
-    ):
-        drawn = torch.randint(-128, 128, (out, inside // groups, size, size), **settings).to(torch.int8)
-        levels = torch.randint(256, (2, inside, 12, 13), **settings).to(torch.uint8)
-        layer = {"stride": stride, "padding": size // 2, "groups": groups}
-        for weight in (drawn, torch.full_like(drawn, -128), torch.full_like(drawn, 127)):
-            for x in (levels, torch.full_like(levels, 255)):
-                for zero in (0, 128):
-                    found = ByteConv2d(weight, **layer, zero=zero)(x.contiguous(memory_format=torch.channels_last))
-                    if not torch.equal(found.double(), F.conv2d(x.double() - zero, weight.double(), **layer)):
-                        return False
-    return True
+        grad_x = by_choice([grad.contiguous(memory_format=torch.channels_last), x], ctx.images, backward)
+        grad_weight = None
+        if needs[1]:
+            absent = torch.zeros(weight.shape[1:], dtype=ctx.dtype)  # a choice without images
+            grad_weight = torch.stack([of_weights.get(k, absent) for k in range(len(weight))])
+        return grad_x, None, grad_weight, None, None, None, None, None

@@ -1,44 +1,46 @@
-"""The elementwise passes of a quantized layer, each as one pass over memory, with their gradients.
+"""The elementwise passes of a quantized layer, each one pass over memory, with their gradients.
 
-Beside its convolution a quantized layer costs memory traffic: statistics of BatchNorm, normalisation, ReLU, rounding.
-Two passes do it all. `sums_of_powers` reads a feature map once; `clip_round`, or `clip_round_carried` in bytes, reads
-it once more and writes what the next convolution reads: normalisation and division by the step size are one
-multiply-add, and clipping at an unsigned grid's lowest level, 0, is the ReLU.
+Apart from its convolution, a quantized layer computes BatchNorm statistics, normalisation, ReLU and rounding, all bound
+by memory traffic. Two passes do it: `sums_of_powers` reads a feature map once for the statistics; `clip_round`, or
+`clip_round_carried` for bytes, reads it once more and writes the input of the next convolution. Normalisation and
+division by the step size are one multiply-add there, and clipping at the lowest level of an unsigned grid, 0, is the
+ReLU.
 
-Composed from torch operations each of them is three to five passes; `torch.compile` makes one loop of it
-(`compile_passes`). Only these few functions are compiled, not the network: seconds instead of minutes.
+Composed of torch operations, each of these takes three to five passes; `torch.compile` fuses them into one loop
+(`compile_passes`). Compiling these few functions takes seconds, a whole network minutes.
 
-Feature maps may lie in memory as [B, C, H, W] or channels-last; results but for bytes lie as the map does.
+Feature maps may be contiguous or channels-last. Results keep the layout; bytes are always channels-last.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import reduce
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from instaqnas.bits import CompileMode
 from instaqnas.errors import InputError
 
 log = logging.getLogger(__name__)
-CompileMode = Literal["auto", "on", "off"]
-Channels = Literal["first", "last"]  # where they lie: [B, C, N] or [B, H, W, C]
-SMALL = 2**15  # elements up to which a pass is not worth a compiled function's call
+Channels = Literal["first", "last"]  # layout of a feature map: [B, C, N] or [B, H, W, C]
+Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor])  # of a pass
+SMALL = 2**15  # elements up to which calling a compiled function costs more than it saves
 
 
 def clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """Levels clip(round(scale * y + shift), lowest, highest), with straight-through rounding.
 
-    Gradients: where scale * y + shift lies inside the range, its ends included, that of the identity; outside, that of
-    the end that clips.
+    Within the range, ends included, the gradient is the identity's; beyond it, it goes to the end that clips.
 
     Args:
-        y: [B, C, ...], or [1, C, ...] that all of B share.
+        y: [B, C, ...], or [1, C, ...] shared by all of B.
         scale, shift: [B, C].
-        lowest, highest: [B]; integers, but for what a learned range adds to their gradient.
+        lowest, highest: [B], with integer values.
 
     Returns: [B, C, ...].
     """
@@ -48,9 +50,9 @@ def clip_round(y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest:
 
 
 def sums_of_powers(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`y` [B, C, ...] itself, and per image and channel the sum of its values and that of their squares, [B, C].
+    """`y` [B, C, ...], and the sums [B, C] of its values and of their squares per image and channel.
 
-    Read on from the `y` that is returned: then its gradient and those of the sums are joined in one pass.
+    Go on with the returned `y`: the backward pass then adds its gradient and the gradients of the sums in one pass.
     """
     rows, channels = _rows(y)
     same, sums, squares = _SumsOfPowers.apply(rows, channels)
@@ -62,10 +64,12 @@ def clip_round_bytes(
 ) -> Tensor:
     """The levels of `clip_round` plus `offset` as bytes, uint8, channels-last; for inference.
 
+    NaN becomes an arbitrary byte: callers check with `byte_conv.all_finite`.
+
     Args:
         y: [B, C, H, W], float or int32.
         scale, shift: [B, C].
-        lowest, highest, offset: [B], whole numbers; lowest + offset to highest + offset lie in 0 to 255.
+        lowest, highest, offset: [B], whole numbers with 0 <= lowest + offset and highest + offset <= 255.
     """
     levels = _run(_clip_round_bytes, y.permute(0, 2, 3, 1).contiguous(), scale, shift, lowest, highest, offset)
     return levels.permute(0, 3, 1, 2)
@@ -74,14 +78,17 @@ def clip_round_bytes(
 def clip_round_carried(
     y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The levels of `clip_round`, from 0 to 255, as bytes, and what carries their gradient, for bytes have none.
+    """The levels of `clip_round`, from 0 to 255, as bytes, and a carrier of their gradient, since bytes have none.
+
+    NaN becomes an arbitrary byte: callers check with `byte_conv.all_finite`.
 
     Args:
         y: [B, C, H, W].
         scale, shift, lowest, highest: as in `clip_round`.
 
-    Returns: uint8 [B, C, H, W], channels-last; a tensor of that shape in `y`'s type whose elements are all the same
-    place in memory and mean nothing: whoever reads the bytes gives it their gradient.
+    Returns: levels uint8 [B, C, H, W], channels-last; the carrier, of the same shape and `y`'s type. The carrier's
+        values are meaningless (all elements share one number in memory). The function that reads the bytes passes the
+        gradient of the levels to the carrier.
     """
     rows = y.permute(0, 2, 3, 1).contiguous()
     carrier, levels = _ClipRoundCarried.apply(rows, scale, shift, lowest, highest)
@@ -105,23 +112,27 @@ def integer_depthwise(levels: Tensor, taps: Tensor, kernel_size: int, stride: in
 
 
 class _ClipRound(torch.autograd.Function):
+    """`clip_round` on [B, C, N] or [B, H, W, C]."""
+
     @staticmethod
-    def forward(ctx, y: Tensor, *table_and_channels: Tensor | Channels) -> Tensor:
-        *table, ctx.channels = table_and_channels
-        ctx.save_for_backward(y, *table)
-        return _run(_clip_round, y, *table, channels=ctx.channels)
+    def forward(
+        ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, lowest: Tensor, highest: Tensor, channels: Channels
+    ) -> Tensor:
+        ctx.save_for_backward(y, scale, shift, lowest, highest)
+        ctx.channels = channels
+        return _run(_clip_round, y, scale, shift, lowest, highest, channels=channels)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_clip_round_gradients(ctx, grad, ctx.channels), None
 
 
 class _ClipRoundCarried(torch.autograd.Function):
-    """On [B, H, W, C]."""
+    """`clip_round_carried` on [B, H, W, C]."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, *table: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, y: Tensor, *table: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(y, *table)
         levels = _run(_clip_round_bytes, y, *table, torch.zeros_like(table[-1]))
         ctx.mark_non_differentiable(levels)
@@ -130,12 +141,12 @@ class _ClipRoundCarried(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         return _clip_round_gradients(ctx, grad, "last")
 
 
 def _clip_round_gradients(ctx: Any, grad: Tensor, channels: Channels) -> tuple[Tensor | None, ...]:
-    """Of y, scale, shift, lowest and highest, the last two only where they are needed."""
+    """Gradients of y, scale, shift, lowest and highest; the last two None unless needed."""
     y, *table = ctx.saved_tensors
     grad_y, grad_scale, grad_shift = _run(_clip_round_backward, grad, y, *table, channels=channels)
     below = above = None
@@ -145,22 +156,23 @@ def _clip_round_gradients(ctx: Any, grad: Tensor, channels: Channels) -> tuple[T
 
 
 class _SumsOfPowers(torch.autograd.Function):
+    """`sums_of_powers` on [B, C, N] or [B, H, W, C]."""
+
     @staticmethod
-    def forward(ctx, y: Tensor, channels: Channels) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, y: Tensor, channels: Channels) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(y)
         ctx.channels = channels
         return y.view_as(y), *_run(_sums_of_powers, y, channels=channels)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y: Tensor, grad_sums: Tensor, grad_squares: Tensor) -> tuple[Tensor, None]:
-        return _run(
-            _sums_of_powers_backward, grad_y, *ctx.saved_tensors, grad_sums, grad_squares, channels=ctx.channels
-        ), None
+    def backward(ctx: Any, grad_y: Tensor, grad_sums: Tensor, grad_squares: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return _run(_sums_of_powers_backward, grad_y, y, grad_sums, grad_squares, channels=ctx.channels), None
 
 
 def _rows(y: Tensor) -> tuple[Tensor, Channels]:
-    """`y` [B, C, ...] as [B, C, N], or, if its channels lie last in memory, as [B, H, W, C]."""
+    """A view of `y` [B, C, ...]: [B, H, W, C] if it is channels-last, else [B, C, N]."""
     if y.dim() == 4 and not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last):
         return y.permute(0, 2, 3, 1), "last"
     return y.flatten(2), "first"
@@ -174,20 +186,20 @@ def _spread(table: Tensor, channels: Channels) -> Tensor:
 
 
 def _over_pixels(y: Tensor, channels: Channels) -> Tensor:
-    """Sums [B, C]; of channels that lie last line by line, which the cache holds."""
+    """Sums [B, C] over pixels; channels-last line by line, so that the partial sums stay in the cache."""
     return y.sum(2).sum(1) if channels == "last" else y.sum(2)
 
 
 def _position(y: Tensor, scale: Tensor, shift: Tensor, channels: Channels) -> Tensor:
-    """Where `y` lies on the grid, in levels, before rounding.
+    """scale * y + shift, with the product rounded before the sum.
 
-    Not as a fused multiply-add, which compiled code is not: levels must not depend on what happens to be compiled.
+    Not `addcmul`, which may be a fused multiply-add: compiled code is not, and levels must not depend on compilation.
     """
     return (y.to(scale.dtype) * _spread(scale, channels)).add_(_spread(shift, channels))
 
 
 def _clipped(position: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """Like `clamp`, which is several times slower with bounds that are tensors."""
+    """`clamp`, which is several times slower with tensors as bounds."""
     lowest, highest = (end.view(-1, *[1] * (position.dim() - 1)) for end in (lowest, highest))
     clipped = torch.maximum(position, lowest)
     return torch.minimum(clipped, highest, out=clipped)
@@ -243,20 +255,22 @@ def _clip_round_bytes(
 
 def _integer_depthwise_1(levels: Tensor, taps: Tensor) -> Tensor:
     height, width = levels.shape[1] - 2, levels.shape[2] - 2
-    return sum(
+    terms = [
         levels[:, i : i + height, j : j + width].to(torch.int32) * taps[:, None, None, 3 * i + j]
         for i in range(3)
         for j in range(3)
-    )
+    ]
+    return reduce(torch.add, terms)
 
 
 def _integer_depthwise_2(levels: Tensor, taps: Tensor) -> Tensor:
     height, width = (levels.shape[1] - 1) // 2, (levels.shape[2] - 1) // 2
-    return sum(
+    terms = [
         levels[:, i : i + 2 * height : 2, j : j + 2 * width : 2].to(torch.int32) * taps[:, None, None, 3 * i + j]
         for i in range(3)
         for j in range(3)
-    )
+    ]
+    return reduce(torch.add, terms)
 
 
 # --- Compilation ------------------------------------------------------------------------------------------------------
@@ -270,31 +284,32 @@ _insists = False
 
 
 def compile_passes(mode: CompileMode) -> None:
-    """Has the passes compiled for the whole process (`on`; `auto` if this machine can), or not (`off`).
+    """Compiles the passes for the whole process (`on`; `auto`: if this machine can), or not (`off`).
 
-    Compilation happens when a pass is first needed. If it fails, `auto` logs one line and goes on without, and the
-    function that needed the pass raises InputError under `on`.
+    Each pass is compiled when it is first called. If that fails, `auto` logs one line and continues uncompiled; under
+    `on` the call raises InputError.
     """
     global _insists
     _compiled.clear()
     _insists = mode == "on"
     if mode != "off":
-        # It warns of a CUDA toolkit without a GPU, which is nobody's mistake.
+        # It warns of a CUDA toolkit on a machine without a GPU, which is no error here.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         for function in _PASSES:
             _compiled[function] = torch.compile(function, dynamic=True)
 
 
-def _run(function: Callable, first: Tensor, *others: Tensor, **settings: Channels) -> Tensor | tuple[Tensor, ...]:
+def _run(function: Callable[..., Result], first: Tensor, *others: Tensor, **settings: Channels) -> Result:
+    """The pass `function`, compiled if it is to be and `first` is large enough."""
     compiled = _compiled.get(function)
     if compiled is None or first.numel() <= SMALL:
         return function(first, *others, **settings)
     try:
-        # Compiled code is specialised to strides and to what needs a gradient: one kind of each.
+        # Compiled code is specialised to strides and requires_grad: give it only one kind of each.
         return compiled(*(tensor.detach().contiguous() for tensor in (first, *others)), **settings)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # what a missing or broken compiler raises has no common base
+    except Exception as error:  # the errors of a missing or broken compiler have no common base
         _give_up(error)
         return function(first, *others, **settings)
 

@@ -1,11 +1,12 @@
-"""Integer-exact inference: a network's quantized convolutions replaced by ones that compute on integers alone.
+"""Integer-exact inference: quantized convolutions replaced by ones that compute on integers alone.
 
-Between the quantization of a layer's input and the one rescale behind its sums there are whole numbers only: inputs are
+Between the quantization of a layer's input and the one rescale of its sums there are only whole numbers: inputs are
 bytes, weights integers of their bit-width, sums 32-bit integers, or float32 that holds the same. Scale and shift of the
-rescale are those of the fake-quantized layer in evaluation, applied by the same operations in the same order, so the
-integers that enter every layer are the same as there, as long as float32 holds the sums exactly (below 2^24).
+rescale come from the fake-quantized layer in evaluation, applied by the same operations in the same order. So every
+layer gets the same integers as there, as long as float32 holds the sums exactly (below 2^24).
 
-CPU only. On processors with 8-bit dot products, oneDNN's convolutions of bytes; else 32-bit products, which are slow.
+CPU only. On CPUs with 8-bit dot products the convolutions are oneDNN's, of bytes; on others 32-bit products, which are
+slow. Integers hold no NaN: a network or an input that is not finite is refused.
 """
 
 from __future__ import annotations
@@ -20,19 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from instaqnas.bits import BitChoice
 from instaqnas.errors import InputError
-from instaqnas.quant.convolution import ByteConv2d, by_choice, has_byte_products, images_of_choices
+from instaqnas.quant.affine import Affine, as_affine, of_images
+from instaqnas.quant.byte_conv import ByteConv2d, all_finite, has_byte_products
+from instaqnas.quant.convolution import by_choice, images_of_choices
 from instaqnas.quant.fused import clip_round_bytes, integer_depthwise
-from instaqnas.quant.quantizers import Affine, as_affine, of_images
-from instaqnas.quant.switchable import BitChoice, SwitchableConv2d
+from instaqnas.quant.switchable import SwitchableConv2d
 
 Network = TypeVar("Network", bound=nn.Module)
-EXACT_IN_FLOAT32 = 2**24
+EXACT_IN_FLOAT32 = 2**24  # float32 holds every integer up to here
 
 
 @dataclass(frozen=True)
 class InputGrid:
-    """Grids of a layer's input: levels are clip(round(x / step), lowest, highest), each [K]."""
+    """Grids of a layer's input: level = clip(round(x / step), lowest, highest), each [K]."""
 
     step: Tensor
     lowest: Tensor
@@ -40,17 +43,24 @@ class InputGrid:
 
 
 class IntegerConv2d(nn.Module):
-    """What `SwitchableConv2d` computes in evaluation, on integers; called like it.
+    """`SwitchableConv2d` in evaluation, computed on integers; called like it.
 
     Args:
         choices: the K bit choices.
         weight: levels [K, out, in / groups, kh, kw], any integer type.
         grid: grids of the input.
-        scale, shift: [K, out] float32, the rescale of the sums.
+        scale, shift: [K, out] float32, finite: the rescale of the sums.
         stride, groups: as in `torch.nn.Conv2d`, `groups` 1 or the input channels; padding keeps the size.
 
     Raises: ValueError for other groups.
     """
+
+    weight: Tensor
+    step: Tensor
+    lowest: Tensor
+    highest: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -75,34 +85,44 @@ class IntegerConv2d(nn.Module):
         self.register_buffer("highest", grid.highest)
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
-        # Levels are stored as bytes with this added, which is also the padding: the zero-point.
+        # Bytes are levels plus this offset, so it is the byte of 0, with which maps are padded.
         self.offset = -grid.lowest
 
     @cached_property
     def byte_convs(self) -> list[ByteConv2d]:
-        """The convolution of each choice, for processors with products of bytes."""
-        settings = {"stride": self.stride, "padding": self.kernel_size // 2, "groups": self.groups}
-        zeros = map(int, self.offset.tolist())
-        return [ByteConv2d(weight, **settings, zero=zero) for weight, zero in zip(self.weight, zeros, strict=True)]
+        """The convolution of each choice, for CPUs with byte products."""
+        padding = self.kernel_size // 2
+        return [
+            ByteConv2d(self.weight[k], stride=self.stride, padding=padding, groups=self.groups, zero=int(zero))
+            for k, zero in enumerate(self.offset.tolist())
+        ]
 
     @cached_property
     def taps(self) -> Tensor:
-        """The weights for other processors, int32 [K, kh * kw * in / groups, out]."""
+        """The weights for other CPUs, int32 [K, kh * kw * in / groups, out]."""
         return self.weight.permute(0, 3, 4, 2, 1).flatten(1, 3).to(torch.int32)
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what is made of the weight: packed bytes cannot be copied."""
+        """Leaves out what is made from the weight: packed bytes cannot be copied."""
         return {name: value for name, value in self.__dict__.items() if name not in ("byte_convs", "taps")}
 
     def forward(self, x: Affine | Tensor, choice: Tensor | None = None) -> Affine:
-        """[B, in, H, W] -> [B, out, H', W'], of which `y` are the sums; `choice` [B] is unused where K = 1."""
+        """[B, in, H, W] -> [B, out, H', W'] whose `y` are the integer sums; `choice` [B] is ignored where K = 1.
+
+        Raises: ValueError as `levels`.
+        """
         if len(self.choices) == 1:
             choice = None
         return self.sums(self.levels(x, choice), choice)
 
     def levels(self, x: Affine | Tensor, choice: Tensor | None) -> Tensor:
-        """The quantized input [B, in, H, W], channels-last: levels plus `offset`, uint8."""
+        """The quantized input [B, in, H, W], channels-last: levels plus `offset`, uint8.
+
+        Raises: ValueError if `x` is not finite. Outputs of integer layers are, and are not checked.
+        """
         x = as_affine(x)
+        if not x.known_finite and not all_finite(*(part for part in (x.y, x.scale, x.shift) if part is not None)):
+            raise ValueError("the input has NaN or infinite values, which have no integers")
         images, channels = x.shape[:2]
         step, *ends = (
             of_images(table, choice, images) for table in (self.step, self.lowest, self.highest, self.offset)
@@ -113,15 +133,17 @@ class IntegerConv2d(nn.Module):
         return clip_round_bytes(x.y, scale.expand(images, channels), shift.expand(images, channels), *ends)
 
     def sums(self, levels: Tensor, choice: Tensor | None) -> Affine:
-        """The convolution of `levels`, not rescaled yet: float32 where bytes are multiplied, else int32."""
-        by_bytes = has_byte_products()
+        """The convolution of `levels`, not rescaled yet: `y` is float32 from byte products, else int32."""
         images = images_of_choices(choice)
-        y = by_choice([levels], images, lambda part, k: self.byte_convs[k](part) if by_bytes else self._slowly(part, k))
+        if has_byte_products():
+            y = by_choice([levels], images, lambda part, k: self.byte_convs[k](part))
+        else:
+            y = by_choice([levels], images, self._sums_of_32_bits)
         scale, shift = (of_images(table, choice, len(levels)) for table in (self.scale, self.shift))
-        return Affine(y, scale, shift)
+        return Affine(y, scale, shift, known_finite=True)
 
-    def _slowly(self, levels: Tensor, k: int) -> Tensor:
-        """Sums of images of choice k by 32-bit products, [n, out, H', W']."""
+    def _sums_of_32_bits(self, levels: Tensor, k: int) -> Tensor:
+        """int32 sums [n, out, H', W'] of n images of choice k, by 32-bit products."""
         images, taps, offset = len(levels), self.taps[k], self.offset[k].to(torch.int32)
         if self.kernel_size > 1:
             levels = F.pad(levels, [self.kernel_size // 2] * 4, value=offset.item())
@@ -139,8 +161,8 @@ class IntegerConv2d(nn.Module):
 def integer_conv(layer: SwitchableConv2d, name: str) -> IntegerConv2d:
     """The integer form of a trained layer; `name` is for messages.
 
-    Raises: InputError if a bit-width is 32, which has no integers, or padding would need a zero that a learned
-        zero-point has moved out of the grid.
+    Raises: InputError if a bit-width is 32, which has no integers; if step sizes, weight or BatchNorm are not finite;
+        or if the layer pads and a learned zero-point has moved 0 out of the grid.
     """
     if not (layer.weight_quantizer.all_quantized and layer.input_quantizer.all_quantized):
         raise InputError(
@@ -149,42 +171,50 @@ def integer_conv(layer: SwitchableConv2d, name: str) -> IntegerConv2d:
     weight, weight_step = layer.weight_quantizer(layer.weight)
     step, lowest, highest = layer.input_quantizer.grid(1)
     grid = InputGrid(step.squeeze(1), lowest.expand(len(step)).clone(), highest.expand(len(step)).clone())
-    if not (torch.isfinite(grid.step).all() and torch.isfinite(weight_step).all()):
+    if not all_finite(grid.step, grid.lowest, grid.highest, layer.weight_quantizer.grid(1).step):
         raise InputError(f"{name}: not calibrated, its step sizes are unknown")
+    scale, shift = layer.folded(step * weight_step)
+    if not all_finite(layer.weight, scale, shift):
+        raise InputError(f"{name}: its weight, bias or BatchNorm has NaN or infinite values")
     if layer.padding and not ((grid.lowest <= 0) & (grid.highest >= 0)).all():
         raise InputError(f"{name}: the zero-point lies outside the grid, padding has no integer")
-    scale, shift = layer.folded(step * weight_step)
-    tables = (table.expand(len(layer.choices), -1).contiguous() for table in (scale, shift))
     return IntegerConv2d(
-        layer.choices, weight.round().to(torch.int16), grid, *tables, stride=layer.stride, groups=layer.groups
+        layer.choices,
+        weight.round().to(torch.int16),
+        grid,
+        scale.expand(len(layer.choices), -1).contiguous(),
+        shift.expand(len(layer.choices), -1).contiguous(),
+        stride=layer.stride,
+        groups=layer.groups,
     )
 
 
 def to_integer(network: Network, prefix: str = "") -> Network:
     """A copy of `network` for evaluation whose convolutions compute on integers.
 
-    Messages name a layer by `prefix`, such as `policy.`, and its name in the network.
+    `prefix`, such as `policy.`, precedes the names of layers in messages.
 
     Raises: InputError as `integer_conv`.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)  # noqa: FBT003
-    replace_convolutions(network, {
+    layers = {
         name: integer_conv(layer, prefix + name)
         for name, layer in network.named_modules()
         if isinstance(layer, SwitchableConv2d)
-    })  # fmt: skip
+    }
+    replace_convolutions(network, layers)
     return network
 
 
 def replace_convolutions(network: nn.Module, layers: dict[str, IntegerConv2d]) -> None:
-    """Puts `layers` in the place of the modules of these names."""
+    """Replaces the modules of `network` with these names by `layers`."""
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, layer)
 
 
 def _patches(levels: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """What each output looks at: [B, H, W, C] -> [B, H', W', kh * kw * C]."""
+    """The receptive field of each output: [B, H, W, C] -> [B, H', W', kh * kw * C]."""
     if kernel_size == 1:
         return levels[:, ::stride, ::stride]
     windows = levels.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)  # [B, H', W', C, kh, kw]

@@ -1,37 +1,41 @@
-"""Quantizers that put weights and activations on integer-valued grids, one grid per bit choice.
+"""Quantizers: weights and activations on grids of integers, one grid per bit choice.
 
-A quantizer returns the levels (integer values held in floating point, the zero-point already subtracted) and the step
-size, apart: the layer convolves the levels and multiplies by the step sizes once. The product is that of ordinary
-fake quantization, exact as long as the integer sums stay below 2^24, and what an integer machine computes.
+A quantizer returns levels (integers held in floating point, the zero-point already subtracted) apart from step sizes.
+A layer convolves the levels and multiplies the sums by the step sizes once. That equals ordinary fake quantization,
+exactly as long as the integer sums stay below 2^24, and it is what integer hardware computes.
 
-| name       | weights | activations                                                                        |
-|------------|---------|------------------------------------------------------------------------------------|
-| `lsq_plus` | LSQ     | LSQ, with a learned zero-point where the input is not behind a ReLU (LSQ+)         |
-| `lsq`      | LSQ     | LSQ                                                                                |
-| `pact`     | DoReFa  | PACT: clipped at a learned end                                                     |
-| `dorefa`   | DoReFa  | clamped to [0, 1], or [-1, 1] where the input is not behind a ReLU                 |
+| name       | weights | activations                                                          |
+|------------|---------|----------------------------------------------------------------------|
+| `lsq_plus` | LSQ     | LSQ, with a learned zero-point for inputs without a ReLU (LSQ+)      |
+| `lsq`      | LSQ     | LSQ                                                                  |
+| `pact`     | DoReFa  | PACT: clipped at a learned alpha                                     |
+| `dorefa`   | DoReFa  | clamped to [0, 1], or to [-1, 1] for inputs without a ReLU           |
 
 Sources: LSQ (Esser et al., ICLR 2020), LSQ+ (Bhalgat et al., CVPR Workshops 2020), PACT (Choi et al., 2018), DoReFa-Net
-(Zhou et al., 2016). Whatever is learned and has to stay positive is held as its logarithm (as in Jain et al., MLSys
-2020, section 3.3), so no gradient can make it negative.
+(Zhou et al., 2016). Step sizes and alpha are learned as logarithms, so they stay positive (Jain et al., MLSys 2020).
+
+LSQ multiplies the gradient of a step size s by g = 1 / sqrt(numel * highest level): SGD moves s by -lr * g * dL/ds.
+Under AdamW g has no effect, for it divides each gradient by its own magnitude: a step moves log s by about lr, whatever
+the scale. The setting that does have an effect is `step_size_lr_factor`, which multiplies the learning rate.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from instaqnas.bits import FULL_PRECISION, QuantizerName
+from instaqnas.quant.affine import Affine, as_affine, of_images
+from instaqnas.quant.byte_conv import all_finite
 from instaqnas.quant.fused import clip_round, clip_round_carried
 
-FULL_PRECISION = 32  # as a bit-width: not quantized
-SMALLEST_STEP, LARGEST_STEP = 1e-8, 1e8
-PACT_FIRST_END = 10.0
-QuantizerName = Literal["lsq_plus", "lsq", "pact", "dorefa"]
+SMALLEST_STEP, LARGEST_STEP = 1e-8, 1e8  # where step sizes stop, and alpha of PACT
+PACT_FIRST_ALPHA = 10.0
 
 
 def level_range(bits: int, *, signed: bool) -> tuple[int, int]:
@@ -41,46 +45,14 @@ def level_range(bits: int, *, signed: bool) -> tuple[int, int]:
     """
     if signed and bits == 1:
         raise ValueError("a signed grid needs at least 2 bits")
-    if signed:
-        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    return 0, 2**bits - 1
-
-
-class Affine(NamedTuple):
-    """`scale * y + shift`, not computed yet, so that the quantizer of the next layer can absorb it, and the ReLU too.
-
-    y: [B, C, H, W].
-    scale, shift: [B, C] or [1, C], [B, 1] or [1, 1]; None for 1 and 0.
-    """
-
-    y: Tensor
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        """[B, C, H, W]."""
-        return self.y.shape
-
-    def value(self) -> Tensor:
-        """The feature map itself [B, C, H, W], without ReLU."""
-        if self.scale is None:
-            return self.y
-        # Under autocast the sums are bf16.
-        y = self.y.to(self.scale.dtype)
-        return y * self.scale[:, :, None, None] + self.shift[:, :, None, None]
-
-
-def as_affine(x: Affine | Tensor) -> Affine:
-    """`x`, wrapped if it is a tensor."""
-    return x if isinstance(x, Affine) else Affine(x)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 class Grid(NamedTuple):
-    """K grids: levels are clip(round(x / step), lowest, highest).
+    """K grids: level = clip(round(x / step), lowest, highest).
 
     step: [K, 1], or [K, C] per channel.
-    lowest, highest: [K]; they carry a gradient where an end of the range is learned.
+    lowest, highest: [K]; with a gradient if an end of the range is learned.
     """
 
     step: Tensor
@@ -91,12 +63,16 @@ class Grid(NamedTuple):
 class Quantizer(nn.Module):
     """K grids of integers.
 
+    Learned step sizes are NaN until `initialize` has run, so an uncalibrated layer returns NaN.
+
     Args:
         bits: K bit-widths, 2 to 8 (1 to 8 if not signed), or 32 for choices that are not quantized.
-        signed: whether the grids reach below zero.
-
-    What it learns is NaN until `initialize` has seen data: an uncalibrated layer can not yield silent nonsense.
+        signed: whether the grids have negative levels.
     """
+
+    lowest: Tensor  # [K], as are the next two
+    highest: Tensor
+    is_quantized: Tensor
 
     def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
         super().__init__()
@@ -109,15 +85,14 @@ class Quantizer(nn.Module):
         self.register_buffer("is_quantized", torch.tensor(quantized), persistent=False)
 
     def grid(self, numel: int) -> Grid:
-        """The grids, 1 as step size of choices that are not quantized.
+        """The K grids; choices that are not quantized have step size 1.
 
-        `numel` is the number of elements that share a step size (for activations those of one image): learned step
-        sizes scale their gradient by it.
+        `numel`: elements per step size (of activations: in one image), for LSQ's gradient scale, which only SGD heeds.
         """
         raise NotImplementedError
 
     def initialize(self, x: Tensor) -> None:
-        """Takes what is learned from data like those that will be quantized; may be repeated."""
+        """Sets learned step sizes and zero-points from data `x` like that to be quantized; may be repeated."""
 
     def _step_column(self, step: Tensor) -> Tensor:
         return torch.where(self.is_quantized[:, None], step, 1.0)
@@ -127,18 +102,17 @@ class Quantizer(nn.Module):
 
 
 class WeightQuantizer(Quantizer):
-    """Signed grids of a convolution's weight: forward returns levels [K, out, in / groups, kh, kw] and step sizes
-    [K, 1] or [K, out], None if no choice is quantized.
-
-    Its argument is one weight [out, in / groups, kh, kw] for all choices, or one for each [K, out, ...].
-    """
+    """Signed grids of a convolution's weight."""
 
     def __init__(self, bits: Sequence[int]) -> None:
         super().__init__(bits, signed=True)
-        self.integers = torch.int8  # what holds the levels of quantized choices
+        self.integers = torch.int8  # a type that holds all levels
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See the class."""
+        """Levels [K, out, in / groups, kh, kw], and step sizes [K, 1] or [K, out] (None if no choice is quantized).
+
+        `weight` is [out, in / groups, kh, kw], shared by all choices, or [K, out, ...].
+        """
         weight = weight.view(-1, *weight.shape[-4:])  # [1 or K, ...]
         if not self.any_quantized:
             return weight.expand(len(self.lowest), *weight.shape[1:]), None
@@ -148,16 +122,14 @@ class WeightQuantizer(Quantizer):
         return levels, step
 
     def _levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Levels [K, ...] and step sizes of a weight [1 or K, ...]."""
+        """Levels [K, ...] and step sizes for a weight [1 or K, ...]."""
         raise NotImplementedError
 
 
 class LsqWeights(WeightQuantizer):
-    """LSQ: learned step sizes, one per choice, or one per choice and output channel.
+    """LSQ: learned step sizes, one per choice, or one per choice and output channel (`channels` > 1)."""
 
-    Args:
-        channels: 1, or the output channels for a step size of each.
-    """
+    log_step: nn.Parameter  # [K, channels]; only if any choice is quantized
 
     def __init__(self, bits: Sequence[int], channels: int = 1) -> None:
         super().__init__(bits)
@@ -171,9 +143,8 @@ class LsqWeights(WeightQuantizer):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         if self.any_quantized:
-            per_channel = self.log_step.shape[1] > 1
             magnitude = x.expand(len(self.log_step), *x.shape[-4:]).flatten(2).abs().mean(2)  # [K, out]
-            if not per_channel:
+            if self.log_step.shape[1] == 1:
                 magnitude = magnitude.mean(1, keepdim=True)
             self.log_step.copy_(_first_lsq_step(magnitude, self.highest).log())
 
@@ -184,14 +155,15 @@ class LsqWeights(WeightQuantizer):
 
 
 class NestedWeights(WeightQuantizer):
-    """Any-Precision (Yu et al., AAAI 2021): the integers of a choice are the top bits of those of the widest choice.
+    """Any-Precision (Yu et al., AAAI 2021): every choice uses the top bits of the widest choice's integers.
 
-    With Q = floor(w / s) the widest integer, of B bits, a choice of b bits has q = floor(Q / 2^(B - b)) and stands for
-    the middle of what falls to it: level 2q + 1 at step size s * 2^(B - b) / 2. s is learned, one for all choices.
-
-    Args:
-        channels: 1, or the output channels for a step size of each.
+    With Q = floor(w / s) the integer of the widest choice, of B bits, a choice of b bits has q = floor(Q / 2^(B - b)).
+    It stands for the middle of its interval of weights: level 2q + 1 at step size s * 2^(B - b) / 2. s is learned, one
+    for all choices, or one per output channel (`channels` > 1).
     """
+
+    half_step: Tensor  # [K], step sizes in units of s; only if any choice is quantized, as is `log_step`
+    log_step: nn.Parameter  # [1, channels]
 
     def __init__(self, bits: Sequence[int], channels: int = 1) -> None:
         super().__init__(bits)
@@ -200,7 +172,7 @@ class NestedWeights(WeightQuantizer):
         if quantized:
             self.widest, self.narrowest = max(quantized), min(quantized)
             half_steps = [2.0 ** (self.widest - b - 1) if b != FULL_PRECISION else 1.0 for b in bits]
-            self.register_buffer("half_step", torch.tensor(half_steps), persistent=False)  # [K], in units of s
+            self.register_buffer("half_step", torch.tensor(half_steps), persistent=False)
             self.log_step = nn.Parameter(torch.full((1, channels), math.nan))
 
     def grid(self, numel: int) -> Grid:
@@ -220,9 +192,9 @@ class NestedWeights(WeightQuantizer):
 
     def _levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         step, lowest, highest = self.grid(weight[0].numel() // self.log_step.shape[1])
-        # Step sizes differ by powers of two, so that the floors are nested to the last bit.
+        # Step sizes differ by exact powers of two, so the floors are nested to the last bit.
         position = weight / step[..., None, None, None]
-        lowest, highest = (end.view(-1, 1, 1, 1, 1) for end in (lowest, highest))
+        lowest, highest = lowest.view(-1, 1, 1, 1, 1), highest.view(-1, 1, 1, 1, 1)
         passed = position.clamp(lowest, highest)
         levels = (2 * (position / 2).floor() + 1).clamp(lowest, highest)
         return levels.detach() + (passed - passed.detach()), step  # straight-through
@@ -231,8 +203,8 @@ class NestedWeights(WeightQuantizer):
 class DoReFaWeights(WeightQuantizer):
     """DoReFa: tanh(w) / max|tanh(w)| mapped to [0, 1], rounded to one of 2^b levels, mapped back to [-1, 1].
 
-    Levels are the odd integers from -(2^b - 1) to 2^b - 1. The maximum is multiplied in again as a constant, so that
-    layers without BatchNorm keep their range; with BatchNorm it makes no difference.
+    Levels are the odd integers from -(2^b - 1) to 2^b - 1. The step size includes the maximum (no gradient), so that
+    layers without BatchNorm keep their range.
     """
 
     def __init__(self, bits: Sequence[int]) -> None:
@@ -257,16 +229,16 @@ class DoReFaWeights(WeightQuantizer):
 
 
 class ActivationQuantizer(Quantizer):
-    """Grids of a layer's input, picked per image; unsigned grids are also the ReLU before the layer."""
+    """Grids of a layer's input, one per image by its choice; an unsigned grid also applies the ReLU."""
 
     def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
         super().__init__(bits, signed=signed)
-        self.has_bytes = self.all_quantized and not signed  # levels lie in 0 to 255
+        self.has_bytes = self.all_quantized and not signed  # all levels are 0 to 255
 
     def forward(self, x: Affine | Tensor, choice: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Levels [B, C, H, W], and step sizes [K] (None if no choice is quantized).
+        """Levels of `x` [B, C, H, W], and step sizes [K] (None if no choice is quantized).
 
-        `choice` [B] indexes the K choices; it may be None where there is only one.
+        `choice` [B] are indices of the K choices; None where K = 1.
         """
         x = as_affine(x)
         if not self.any_quantized:
@@ -279,16 +251,17 @@ class ActivationQuantizer(Quantizer):
         return levels, step
 
     def byte_levels(self, x: Affine, choice: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same where all levels are bytes (`has_bytes`): uint8, channels-last; what carries their gradient; steps.
+        """`forward` for `has_bytes`: levels uint8 [B, C, H, W], channels-last; their carrier; step sizes [K].
 
-        See `clip_round_carried`. No byte says that something is not finite: the step sizes do.
+        See `clip_round_carried`. Bytes hold no NaN: if `x` is not finite, all step sizes, and so all outputs, are NaN.
         """
         tables, step = self._tables(x, choice)
-        finite = torch.stack([table.isfinite().all() for table in tables[:2]]).all()
-        return *clip_round_carried(x.y, *tables), torch.where(finite, step, torch.nan)
+        checked = tables[:2] if x.known_finite else [*tables[:2], x.y]
+        levels, carrier = clip_round_carried(x.y, *tables)
+        return levels, carrier, torch.where(all_finite(*checked), step, torch.nan)
 
     def _tables(self, x: Affine, choice: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """What `clip_round` wants: scale and shift [B, C], ends [B]; and the step sizes [K]."""
+        """Arguments of `clip_round` (scale and shift [B, C], ends [B]), and the step sizes [K]."""
         images, channels = x.shape[:2]
         step, *ends = self.grid(x.y[0].numel())
         own_step = of_images(step, choice, images)  # [B, 1]
@@ -303,6 +276,8 @@ class ActivationQuantizer(Quantizer):
 
 class LsqActivations(ActivationQuantizer):
     """LSQ: a learned step size per choice."""
+
+    log_step: nn.Parameter  # [K]; only if any choice is quantized
 
     def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
         super().__init__(bits, signed=signed)
@@ -320,7 +295,7 @@ class LsqActivations(ActivationQuantizer):
 
 
 class LsqPlusActivations(LsqActivations):
-    """LSQ+: a learned zero-point per choice as well, for inputs not behind a ReLU; the grid spans min to max."""
+    """LSQ+: LSQ, and for signed inputs a learned zero-point per choice; their first grid spans minimum to maximum."""
 
     def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
         super().__init__(bits, signed=signed)
@@ -332,7 +307,7 @@ class LsqPlusActivations(LsqActivations):
             return Grid(step, lowest, highest)
         zero_point = _with_gradient_scale(self.zero_point, _gradient_scale(numel, self.highest))
         zero_point = zero_point + (zero_point.round() - zero_point).detach()  # straight-through
-        return Grid(step, lowest - zero_point, highest - zero_point)  # the shift of a rounded zero-point, no more
+        return Grid(step, lowest - zero_point, highest - zero_point)  # a rounded zero-point only shifts the range
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -348,18 +323,19 @@ class LsqPlusActivations(LsqActivations):
 class PactActivations(ActivationQuantizer):
     """PACT: clipped to [0, alpha], or [-alpha, alpha] if signed, with a learned alpha per choice that starts at 10.
 
-    Alpha learns from clipped values alone (PACT, equation 3): the step size alpha / highest level is a constant to the
-    gradient, and the ends of the range are not. Carried away, alpha stays at an end of the range of step sizes.
+    Only clipped values have a gradient to alpha (PACT, equation 3); the step size alpha / highest level is a constant.
     """
+
+    log_alpha: nn.Parameter  # [K]; only if any choice is quantized
 
     def __init__(self, bits: Sequence[int], *, signed: bool) -> None:
         super().__init__(bits, signed=signed)
         if self.any_quantized:
-            self.log_alpha = nn.Parameter(torch.full((len(bits),), math.log(PACT_FIRST_END)))
+            self.log_alpha = nn.Parameter(torch.full((len(bits),), math.log(PACT_FIRST_ALPHA)))
 
     def grid(self, numel: int) -> Grid:
         alpha = (_bounded(self.log_alpha) + (self.log_alpha - self.log_alpha.detach())).exp()
-        relative = alpha / alpha.detach()  # 1, with alpha's gradient
+        relative = alpha / alpha.detach()  # 1, with a gradient to alpha
         step = (alpha.detach() / self.highest)[:, None]
         lowest = -self.highest * relative if self.signed else self.lowest
         return Grid(self._step_column(step), lowest, self.highest * relative)
@@ -373,24 +349,18 @@ class DoReFaActivations(ActivationQuantizer):
         return Grid(step, -self.highest if self.signed else self.lowest, self.highest)
 
 
-# --- Helpers ----------------------------------------------------------------------------------------------------------
-
-
 def weight_quantizer(
     name: QuantizerName, bits: Sequence[int], channels: int = 1, *, nested: bool = False
 ) -> WeightQuantizer:
-    """The quantizer `name` of a weight.
-
-    With LSQ, `channels` above 1 gives each output channel a step size, and `nested` nests the grids of the choices.
-    """
+    """The quantizer `name` of a weight; with LSQ, one step size or `channels` many, and grids that may be `nested`."""
     if nested:
         return NestedWeights(bits, channels)
     return LsqWeights(bits, channels) if name in ("lsq_plus", "lsq") else DoReFaWeights(bits)
 
 
 def activation_quantizer(name: QuantizerName, bits: Sequence[int], *, signed: bool) -> ActivationQuantizer:
-    """The quantizer `name` of a layer's input; `signed`: the input is not behind a ReLU."""
-    kinds = {
+    """The quantizer `name` of a layer's input; `signed` if the layer does not apply a ReLU to it."""
+    kinds: dict[QuantizerName, type[ActivationQuantizer]] = {
         "lsq_plus": LsqPlusActivations,
         "lsq": LsqActivations,
         "pact": PactActivations,
@@ -399,33 +369,27 @@ def activation_quantizer(name: QuantizerName, bits: Sequence[int], *, signed: bo
     return kinds[name](bits, signed=signed)
 
 
-def of_images(table: Tensor, choice: Tensor | None, images: int) -> Tensor:
-    """Rows of a table [K, ...] for B images, [B, ...]; without `choice` [B] the table has one row for all."""
-    return table.expand(images, *table.shape[1:]) if choice is None else table[choice]
-
-
 def _gradient_scale(numel: int, highest: Tensor) -> Tensor:
-    """1 / sqrt(numel * highest level), [K] (LSQ, section 2.2)."""
+    """1 / sqrt(numel * highest level), [K] (LSQ, section 2.2); without effect under AdamW, see the module."""
     return (numel * highest).rsqrt()
 
 
 def _with_gradient_scale(x: Tensor, scale: Tensor) -> Tensor:
-    """`x`, to the last bit, with its gradient times `scale`."""
+    """`x`, to the last bit, with its gradient multiplied by `scale`."""
     return x.detach() + (x - x.detach()) * scale
 
 
 def _lsq_step(log_step: Tensor, gradient_scale: Tensor) -> Tensor:
-    """Step sizes s like `log_step`, whose descent is that of LSQ.
+    """Step sizes s = exp(log_step) within their range, with the gradient that makes SGD move s as LSQ does.
 
-    A descent on log s by g / s^2 moves s, to first order, as one on s by g does. Where that is carried away, s stays at
-    an end of its range.
+    The gradient of `log_step` is g / s * dL/ds; the chain rule alone would give s * dL/ds. AdamW undoes both factors.
     """
     bounded = _bounded(log_step)
     return (bounded + (log_step - log_step.detach()) * gradient_scale * (-2 * bounded).exp()).exp()
 
 
 def _bounded(logarithm: Tensor) -> Tensor:
-    """A constant: `logarithm` within the range of step sizes, so that its exponential is positive and finite."""
+    """`logarithm` clamped to the range of step sizes, without gradient: its exponential is positive and finite."""
     return logarithm.detach().clamp(math.log(SMALLEST_STEP), math.log(LARGEST_STEP))
 
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from instaqnas.config import Command, parse_command
+from instaqnas.config.command import Command, parse_command
 from instaqnas.errors import InputError
-from instaqnas.training.experiment import Experiment
+from instaqnas.experiment.parts import Experiment
 
 
 def run_parser(

@@ -11,17 +11,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+from instaqnas.bits import choice_name
 from instaqnas.detector.ssd import detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
+from instaqnas.evaluation.measure import evaluate
+from instaqnas.evaluation.sensitivity import ANY, cheapest_and_most_expensive, losses_around, mean_loss_on
+from instaqnas.experiment.handover import Checkpoint, initial_checkpoint, pretrained_checkpoint
+from instaqnas.experiment.parts import Experiment
+from instaqnas.experiment.stage import QUANTIZED_KINDS
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.tools.arguments import add_split, refuse, run_command, run_parser, split_to_measure
-from instaqnas.training.experiment import QUANTIZED_STAGES, Experiment, load_network, pretrained_checkpoint
-from instaqnas.training.report import choice_name
-from instaqnas.training.sensitivity import ANY, ends, losses_around, mean_loss_on
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class UniformChoice:
 
 
 @dataclass(frozen=True)
-class Step:
+class CheaperChoice:
     """One position at a cheaper choice than its dearest, all others random: rise of the mean loss, GBitOps saved."""
 
     position: str
@@ -57,7 +59,7 @@ class Landscape:
     checkpoint: str
     policy_gbitops: float
     uniform: list[UniformChoice]
-    steps: list[Step]
+    steps: list[CheaperChoice]
 
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON; `cliff` names the choices below and above it, None where quality never falls."""
@@ -86,37 +88,39 @@ def _fall(pair: tuple[UniformChoice, UniformChoice]) -> float:
 
 def cheaper_steps(
     positions: Sequence[str], choices: Sequence[str], losses: Sequence[Sequence[float]], costs: CostTable
-) -> list[Step]:
+) -> list[CheaperChoice]:
     """All choices of all positions but the dearest; `losses` [L][K] are those of `Sensitivity`."""
-    dearest, table = ends(costs)[0], costs.table.tolist()
+    expensive, table = cheapest_and_most_expensive(costs).most_expensive, costs.table.tolist()
     return [
-        Step(positions[position], choices[k], row[k] - row[top], (table[position][top] - table[position][k]) / 1e9)
-        for position, (row, top) in enumerate(zip(losses, dearest, strict=True))
+        CheaperChoice(
+            positions[position], choices[k], row[k] - row[top], (table[position][top] - table[position][k]) / 1e9
+        )
+        for position, (row, top) in enumerate(zip(losses, expensive, strict=True))
         for k in range(len(choices))
         if table[position][k] < table[position][top]
     ]
 
 
-def measure(experiment: Experiment, checkpoint: Path, split: str) -> Landscape:
+def measure_landscape(experiment: Experiment, checkpoint: Checkpoint, split: str) -> Landscape:
     """Runs the network of a checkpoint on a split under every uniform choice and every single cheaper one.
 
     Raises: InputError if the checkpoint is not of a quantized stage or has other settings, or there is no such split.
     """
     detector = experiment.quantized_detector().eval()
-    load_network(experiment, detector, "detector", checkpoint, stages=QUANTIZED_STAGES)
+    checkpoint.load(experiment, detector, "detector", QUANTIZED_KINDS)
     costs, names = detector_costs(detector), [choice_name(choice) for choice in detector.choices]
     loader = experiment.loader_of(split)
     random_bits = experiment.choose_random("sensitivity")
-    mean_loss = mean_loss_on(detector, loader, experiment.config.eval.batch_size, random_bits, experiment.device)
+    mean_loss = mean_loss_on(detector, loader, random_bits, experiment.device)
     uniform = []
     for k, name in enumerate(names):
-        report = experiment.evaluate(detector, loader, experiment.choose_fixed(detector, k))
+        report = evaluate(experiment, detector, loader, experiment.choose_fixed(detector, k))
         loss = mean_loss([k] * len(detector.positions))
         uniform.append(UniformChoice(name, report.map_11pt, loss, report.gbitops_detector))
     losses = losses_around([ANY] * len(detector.positions), len(names), mean_loss)
     steps = cheaper_steps(detector.positions, names, losses, costs)
     policy_cost = policy_gbitops(experiment.policy(), detector.image_size)
-    return Landscape(split, str(checkpoint), policy_cost, uniform, steps)
+    return Landscape(split, str(checkpoint.path), policy_cost, uniform, steps)
 
 
 def format_tables(found: Landscape) -> str:
@@ -125,7 +129,7 @@ def format_tables(found: Landscape) -> str:
     lines.append(f"{'all positions':<32}{'mAP 11pt':>10}{'loss':>10}{'GBitOps':>10}")
     for row in sorted(found.uniform, key=lambda row: row.gbitops):
         lines.append(f"{row.choice:<32}{100 * row.map_11pt:>10.2f}{row.loss:>10.4f}{row.gbitops:>10.4f}")
-    by_position: dict[str, list[Step]] = {}
+    by_position: dict[str, list[CheaperChoice]] = {}
     for step in found.steps:
         by_position.setdefault(step.position, []).append(step)
     choices = dict.fromkeys(step.choice for step in found.steps)
@@ -170,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise InputError("bits.choices: expected two or more to compare, got one")
         experiment = Experiment(command.config)
         split = split_to_measure(options, experiment)
-        found = measure(experiment, command.init or pretrained_checkpoint(command), split)
+        found = measure_landscape(experiment, initial_checkpoint(command) or pretrained_checkpoint(command), split)
     print(json.dumps(found.plain(), indent=1) if options.json else format_tables(found))
 
 

@@ -3,9 +3,9 @@
     ROOT/VOCdevkit/VOC2007    trainval, 5,011 images, and test, 4,952
     ROOT/VOCdevkit/VOC2012    trainval, 11,540
 
-Repeat it after an interruption: an archive that is whole is not fetched again, nor is one unpacked whose files are all
-there. `--mirror DIR` copies the three archives from a folder instead of fetching them. Addresses and checksums are
-those of torchvision.
+Repeat the command after an interruption: it skips archives that are complete and years that are unpacked.
+`--mirror DIR` copies the three archives from a folder instead of fetching them. Addresses and checksums come from
+torchvision.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from instaqnas.data.voc import check_split, read_class_names
 from instaqnas.errors import InputError, exit_on_input_error
-from instaqnas.training.checks import GB, free_bytes
+from instaqnas.files import GB, free_bytes
 
-UNPACKED = 1.1  # times the archive: files take whole blocks of a disk
+UNPACKED = 1.1  # disk of the unpacked files over the size of the archive: a file takes whole blocks
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Archive:
     """One archive of PASCAL VOC.
 
     Args:
-        year, split: what is in it.
-        images: images of that split.
-        url, filename, md5: where it is, its name, and its checksum.
+        year, split: its contents.
+        images: number of images in the split.
+        url, filename, md5: address, name and checksum.
         size: bytes.
     """
 
@@ -51,7 +51,7 @@ class Archive:
 
     @property
     def folder(self) -> str:
-        """What it unpacks to, below the root."""
+        """The folder that it unpacks to, relative to the root."""
         return f"VOCdevkit/VOC{self.year}"
 
 
@@ -68,15 +68,15 @@ ARCHIVES = (
 
 
 def download_voc(root: Path, mirror: Path | None = None, archives: Sequence[Archive] = ARCHIVES) -> None:
-    """Fetches and unpacks what is not there yet, and counts the images.
+    """Fetches and unpacks the archives that are not unpacked yet, and counts the images.
 
     Args:
         root: folder that gets the archives and VOCdevkit.
         mirror: folder to copy archives from; None fetches them.
-        archives: what to fetch.
+        archives: archives to fetch.
 
-    Raises: InputError if the disk is too small, an archive cannot be had or is not what it should be, or images are
-    missing in the end.
+    Raises: InputError if the disk is too small, an archive cannot be fetched or has another checksum, or images are
+        missing in the end.
     """
     wanted = [archive for archive in archives if not is_unpacked(archive, root)]
     for archive in archives:
@@ -93,7 +93,7 @@ def download_voc(root: Path, mirror: Path | None = None, archives: Sequence[Arch
 
 
 def is_unpacked(archive: Archive, root: Path) -> bool:
-    """Whether all files of an archive are there: by their sizes, or without the archive every annotation and image."""
+    """Whether all files of an archive exist: by their sizes, or, without the archive, every annotation and image."""
     path = root / archive.filename
     if not (root / archive.folder).is_dir():
         return False
@@ -115,7 +115,7 @@ def _size(path: Path) -> int:
 
 
 def _check_space(root: Path, wanted: Sequence[Archive], absent: Sequence[Archive]) -> None:
-    """Says what is needed; raises InputError if the disk has less."""
+    """Prints the disk space that is needed; raises InputError if less is free."""
     if not wanted:
         return
     needed = sum(archive.size for archive in absent) + UNPACKED * sum(archive.size for archive in wanted)
@@ -131,10 +131,10 @@ def _fetch(archive: Archive, root: Path, mirror: Path | None) -> None:
         print(f"{path}: fetching {archive.url}")
         try:
             download_url(archive.url, root, archive.filename, archive.md5)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the checksum
+        except (OSError, RuntimeError) as error:  # RuntimeError: wrong checksum
             raise InputError(
-                f"{archive.url}: cannot be fetched ({error}); try again, or get {archive.filename} elsewhere and name "
-                "its folder with --mirror"
+                f"{archive.url}: cannot be fetched ({error}); try again, or get {archive.filename} elsewhere and pass "
+                "its folder as --mirror"
             ) from error
         return
     source = mirror / archive.filename
@@ -144,11 +144,11 @@ def _fetch(archive: Archive, root: Path, mirror: Path | None) -> None:
     root.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, path)
     if not check_integrity(path, archive.md5):
-        raise InputError(f"{source}: damaged or another archive, its MD5 is not {archive.md5}")
+        raise InputError(f"{source}: damaged, or another archive: its MD5 is not {archive.md5}")
 
 
 def _count(root: Path, archives: Sequence[Archive]) -> None:
-    """Prints the images of each split; raises InputError unless every archive has brought its own."""
+    """Prints the number of images of each split; raises InputError if an archive has another number than expected."""
     joined: dict[str, int] = defaultdict(int)
     for archive in archives:
         try:
@@ -160,14 +160,14 @@ def _count(root: Path, archives: Sequence[Archive]) -> None:
         joined[archive.split] += images
     print(", ".join(f"{split}: {images:,} images" for split, images in joined.items()))
     if any((root / archive.filename).exists() for archive in archives):
-        print(f"the archives in {root} are not needed any more")
+        print(f"the archives in {root} are no longer needed")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Does what the command line asks for."""
+    """Fetches and unpacks VOC."""
     parser = argparse.ArgumentParser(
         prog="python -m instaqnas.tools.download_voc",
-        description="Fetch and unpack PASCAL VOC 2007 and 2012; repeat it after an interruption.",
+        description="Fetch and unpack PASCAL VOC 2007 and 2012; repeat the command after an interruption.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

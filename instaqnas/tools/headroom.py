@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from instaqnas.checkpoint import load_checkpoint
+from instaqnas.bits import choice_name
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
+from instaqnas.evaluation.baselines import Baselines
+from instaqnas.evaluation.comparison import row_source
+from instaqnas.evaluation.measure import MeasuredBatch, measure_split, records_of
+from instaqnas.experiment.handover import Checkpoint, best_checkpoint, has_policy
+from instaqnas.experiment.parts import Experiment
+from instaqnas.experiment.stage import FINETUNE_FIXED, fixed_stage
 from instaqnas.metrics.voc import voc_map
 from instaqnas.policy.bit_config import fixed
 from instaqnas.quant.bitops import CostTable
 from instaqnas.seeds import generator
 from instaqnas.tools.arguments import add_split, refuse, run_command, run_parser, split_to_measure
-from instaqnas.training.comparison import row_source
-from instaqnas.training.evaluate import Measured, records_of
-from instaqnas.training.experiment import Experiment, has_policy, load_network
-from instaqnas.training.report import choice_name
-from instaqnas.training.rivals import Rivals, fixed_stage
-from instaqnas.training.run_dir import best_checkpoint
 
 SHARES = (0.25, 0.5, 0.75)  # of the images, to the dear detector
 RANDOM_ORDERS = 5
@@ -68,12 +68,12 @@ class Headroom:
 class _Trained(NamedTuple):
     """A detector, and the configuration that it was trained under."""
 
-    source: Path
+    source: Checkpoint
     configuration: list[int]
     network: SwitchableSSD
 
 
-def mixed(cheap: Sequence[Measured], dear: Sequence[Measured], to_dear: Iterable[int]) -> list[Measured]:
+def mixed(cheap: Sequence[MeasuredBatch], dear: Sequence[MeasuredBatch], to_dear: Iterable[int]) -> list[MeasuredBatch]:
     """The images of a split as the dear detector has measured those of the indices `to_dear`, and the cheap the rest.
 
     Both have measured the same batches.
@@ -82,16 +82,18 @@ def mixed(cheap: Sequence[Measured], dear: Sequence[Measured], to_dear: Iterable
     batches = []
     for pair in zip(cheap, dear, strict=True):
         both = zip(*(batch.images() for batch in pair), strict=True)
-        batches.append(Measured.of([of_dear if of_dear.index in chosen else of_cheap for of_cheap, of_dear in both]))
+        batches.append(
+            MeasuredBatch.of([of_dear if of_dear.place in chosen else of_cheap for of_cheap, of_dear in both])
+        )
     return batches
 
 
-def map_11pt(batches: Sequence[Measured], class_names: Sequence[str]) -> float:
+def map_11pt(batches: Sequence[MeasuredBatch], class_names: Sequence[str]) -> float:
     """mAP (11 points, 0 to 1) of measured images."""
     return voc_map(records_of(batches), class_names).map_11pt
 
 
-def orders(cheap: Sequence[Measured], dear: Sequence[Measured]) -> dict[str, np.ndarray]:
+def orders(cheap: Sequence[MeasuredBatch], dear: Sequence[MeasuredBatch]) -> dict[str, np.ndarray]:
     """Ways to order the N images of a split, those that are to have more bits first: indices [N] for each.
 
     The quality that was measured is the negative loss, a sum over the objects of an image. No policy knows the orders
@@ -112,7 +114,9 @@ def largest_first(values: np.ndarray) -> np.ndarray:
     return np.argsort(-values, kind="stable")
 
 
-def measured_headroom(rivals: Rivals, split: str, cheap: Path | None = None, dear: Path | None = None) -> Headroom:
+def measured_headroom(
+    baselines: Baselines, split: str, cheap: Path | None = None, dear: Path | None = None
+) -> Headroom:
     """Runs two detectors on a split, and mixes what they found.
 
     Args:
@@ -121,58 +125,62 @@ def measured_headroom(rivals: Rivals, split: str, cheap: Path | None = None, dea
 
     Raises: InputError if there is no such checkpoint or split, or the dear detector is no dearer.
     """
-    experiment = rivals.experiment
+    experiment = baselines.experiment
     loader = experiment.loader_of(split)
     costs = detector_costs(experiment.quantized_detector())
-    cheapest, dearest = uniform_ends(costs)
-    ends = _trained(rivals, "cheap", cheap, cheapest), _trained(rivals, "dear", dear, dearest)
+    cheapest, dearest = uniform_extremes(costs)
+    ends = _trained(baselines, "cheap", cheap, cheapest), _trained(baselines, "dear", dear, dearest)
     low, high = costs.gbitops(torch.tensor([end.configuration for end in ends])).tolist()
     if high <= low:
         raise InputError(
-            f"{ends[1].source}: costs {high:.4g} GBitOps, not more than {ends[0].source} with its {low:.4g}"
+            f"{ends[1].source.path}: costs {high:.4g} GBitOps, not more than {ends[0].source.path} with its {low:.4g}"
         )
     by_policy = {}
-    if has_policy(rivals.command.run):
-        by_policy = {"by what the policy spends": largest_first(expected_gbitops(rivals, loader, costs))}
-    measured = [experiment.measure(end.network, loader, fixed(end.configuration), "loss") for end in ends]
+    if has_policy(baselines.command.run):
+        by_policy = {"by what the policy spends": largest_first(expected_gbitops(baselines, loader, costs))}
+    low_share, high_share = (
+        measure_split(experiment, end.network, loader, fixed(end.configuration), "loss") for end in ends
+    )
 
-    images, names = len(loader.dataset), experiment.class_names
+    images, names = len(loader.annotations), experiment.class_names
     counts = [round(share * images) for share in SHARES]
 
     def maps_of(order: np.ndarray) -> list[float]:
-        return [map_11pt(mixed(*measured, order[:count]), names) for count in counts]
+        return [map_11pt(mixed(low_share, high_share, order[:count]), names) for count in counts]
 
-    maps = {name: maps_of(order) for name, order in {**orders(*measured), **by_policy}.items()}
+    maps = {name: maps_of(order) for name, order in {**orders(low_share, high_share), **by_policy}.items()}
     random_orders = generator(experiment.config.seed, "headroom")
     drawn = [maps_of(torch.randperm(images, generator=random_orders).numpy()) for _ in range(RANDOM_ORDERS)]
     maps["at random"] = np.mean(drawn, axis=0).tolist()
     cheap_figures, dear_figures = (
-        FixedDetector(rivals.names(end.configuration), str(end.source), map_11pt(found, names), gbitops)
-        for end, found, gbitops in zip(ends, measured, (low, high), strict=True)
+        FixedDetector(baselines.names(end.configuration), str(end.source.path), map_11pt(found, names), gbitops)
+        for end, found, gbitops in zip(ends, (low_share, high_share), (low, high), strict=True)
     )
     means = [low + count / images * (high - low) for count in counts]
     return Headroom(split, cheap_figures, dear_figures, means, maps)
 
 
-def _trained(rivals: Rivals, option: str, checkpoint: Path | None, choice: int) -> _Trained:
+def _trained(baselines: Baselines, option: str, checkpoint: Path | None, choice: int) -> _Trained:
     """The detector of a checkpoint, or for None the run's that was trained with `choice` at all positions."""
-    experiment, choices = rivals.experiment, rivals.experiment.config.bits.choices
+    experiment, choices = baselines.experiment, baselines.experiment.config.bits.choices
     if checkpoint is None:
         bits = f"uniform:{choice_name(choices[choice])}"
-        if not best_checkpoint(rivals.command.run, fixed_stage(bits)).exists():
+        if not best_checkpoint(baselines.command.run, fixed_stage(bits)).exists():
             raise InputError(
-                f"{rivals.command.run}: no detector trained under {bits}; run finetune.py --bits {bits} first, or name "
-                f"a checkpoint with --{option}"
+                f"{baselines.command.run}: no detector trained under {bits}; run finetune.py --bits {bits} first, or "
+                f"name a checkpoint with --{option}"
             )
-        checkpoint = row_source(rivals, bits)
+        source = row_source(baselines, bits)
+    else:
+        source = Checkpoint.read(checkpoint)
     detector = experiment.quantized_detector()
-    load_network(experiment, detector, "detector", checkpoint, stages=("finetune_fixed",))
+    source.load(experiment, detector, "detector", (FINETUNE_FIXED.kind,))
     names = [choice_name(choice) for choice in choices]
-    configuration = [names.index(name) for name in load_checkpoint(checkpoint)["configuration"]]
-    return _Trained(checkpoint, configuration, detector)
+    configuration = [names.index(name) for name in source.state["configuration"]]
+    return _Trained(source, configuration, detector)
 
 
-def uniform_ends(costs: CostTable) -> tuple[int, int]:
+def uniform_extremes(costs: CostTable) -> tuple[int, int]:
     """The choices that cost least and most at all positions together, of equal ones the first.
 
     Raises: InputError if all cost the same.
@@ -184,13 +192,13 @@ def uniform_ends(costs: CostTable) -> tuple[int, int]:
     return cheap, dear
 
 
-def expected_gbitops(rivals: Rivals, loader: DetectionLoader, costs: CostTable) -> np.ndarray:
+def expected_gbitops(baselines: Baselines, loader: DetectionLoader, costs: CostTable) -> np.ndarray:
     """GBitOps [N] that the probabilities of the run's policy come to for each image, up to a constant."""
-    probabilities = rivals.survey(loader).logits.double().softmax(-1)
+    probabilities = baselines.survey(loader).logits.double().softmax(-1)
     return (probabilities * costs.gbitops_table()).sum((1, 2)).numpy()
 
 
-def format_table(found: Headroom) -> str:
+def format_headroom(found: Headroom) -> str:
     """The two detectors, then a line for each order."""
     lines = [f"on the {found.split} split"]
     for name, detector in (("cheap", found.cheap), ("dear", found.dear)):
@@ -234,8 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
         command = run_command(options, overrides)
         experiment = Experiment(command.config)
         split = split_to_measure(options, experiment)
-        found = measured_headroom(Rivals(experiment, command), split, options.cheap, options.dear)
-    print(json.dumps(found.plain(), indent=1) if options.json else format_table(found))
+        found = measured_headroom(Baselines(experiment, command), split, options.cheap, options.dear)
+    print(json.dumps(found.plain(), indent=1) if options.json else format_headroom(found))
 
 
 if __name__ == "__main__":

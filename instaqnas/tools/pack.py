@@ -5,22 +5,17 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import Config
+from instaqnas.config.settings import Config
 from instaqnas.deploy.packed import Architecture, save_packed
 from instaqnas.errors import InputError, exit_on_input_error
+from instaqnas.experiment.handover import initial_checkpoint, latest_policy_checkpoint
+from instaqnas.experiment.parts import Experiment, detector_bits
+from instaqnas.experiment.stage import POLICY_KINDS
 from instaqnas.tools.arguments import run_command, run_parser
-from instaqnas.training.experiment import (
-    POLICY_STAGES,
-    Experiment,
-    detector_bits,
-    latest_policy_checkpoint,
-    load_network,
-)
 
 
 def architecture_of(config: Config) -> Architecture:
-    """What a config says about the networks."""
+    """The settings of a config that the networks are built from."""
     return Architecture(
         detector_bits(config),
         image_size=config.detector.image_size,
@@ -35,9 +30,9 @@ def architecture_of(config: Config) -> Architecture:
 
 
 def prepare_file(path: Path) -> None:
-    """Creates the folder of a file that is to be written.
+    """Creates the folder of an output file.
 
-    Raises: InputError if it cannot be written, or is a folder.
+    Raises: InputError if the path is a folder, or nothing can be written there.
     """
     if path.is_dir():
         raise InputError(f"--out {path}: is a folder, expected a file")
@@ -52,19 +47,19 @@ def main(arguments: list[str] | None = None) -> None:
     """Writes the file and prints its size."""
     parser = run_parser(
         "pack",
-        "Pack the latest detector and policy of a run into one file for integer inference. The data need not be there.",
+        "Pack the latest detector and policy of a run into one file for integer inference. The data may be missing.",
         "--eval.nms_iou 0.5",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write, such as packed.pt")
     options, overrides = parser.parse_known_args(arguments)
     with exit_on_input_error():
         command = run_command(options, overrides)
-        checkpoint = command.init or latest_policy_checkpoint(command)
+        checkpoint = initial_checkpoint(command) or latest_policy_checkpoint(command)
         prepare_file(options.out)
-        experiment = Experiment(command.config, load_checkpoint(checkpoint)["classes"])
+        experiment = Experiment(command.config, checkpoint.state["classes"])
         detector, policy = experiment.adaptive_detector(), experiment.policy()
-        load_network(experiment, detector, "detector", checkpoint, stages=POLICY_STAGES)
-        load_network(experiment, policy, "policy", checkpoint, stages=POLICY_STAGES)
+        checkpoint.load(experiment, detector, "detector", POLICY_KINDS)
+        checkpoint.load(experiment, policy, "policy", POLICY_KINDS)
         architecture, settings = architecture_of(command.config), command.config.eval
         save_packed(options.out, detector, policy, architecture, experiment.class_names, settings)
         floats = 4 * sum(parameter.numel() for parameter in detector.parameters())

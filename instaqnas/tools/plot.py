@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from instaqnas.errors import InputError, exit_on_input_error
-from instaqnas.training.report import plot_pareto
+from instaqnas.evaluation.report import plot_pareto
 
 FORMATS = (".png", ".pdf", ".svg")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What the plot needs of a report.json: `bits`, `map_11pt` (0 to 1) and `gbitops_total` of every row.
+    """Rows of a report.json for the plot: `bits`, `map_11pt` (0 to 1) and `gbitops_total`.
 
-    Raises: InputError if the file is not such a report, or has no rows.
+    Raises: InputError if the file cannot be read, is not a report, or has no rows.
     """
     try:
         rows = [
@@ -34,7 +34,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def joined_rows(reports: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of all reports; those of several runs carry the run's name as their label, and the number of the run."""
+    """Rows of all reports; with several, each row also has a `label` with the name of its run and the `run` number."""
     if len(reports) == 1:
         return read_rows(reports[0])
     numbers: dict[str, int] = {}
@@ -57,14 +57,14 @@ def format_rows(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def run_name(report: Path) -> str:
-    """`A` for A/eval/report.json and A/eval/uniform_w3a4/report.json; the folder's name for a file elsewhere."""
+    """`A` for A/eval/report.json and A/eval/uniform_w3a4/report.json; elsewhere the name of the file's folder."""
     folder = report.resolve().parent
     above = [parent for parent in (folder, folder.parent) if parent.name == "eval"]
     return above[0].parent.name if above else folder.name
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Writes the plot that the command line asks for."""
+    """Writes the plot and prints its rows."""
     parser = argparse.ArgumentParser(
         prog="python -m instaqnas.tools.plot",
         description="Draw mAP against GBitOps from the reports that eval.py wrote.",
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with exit_on_input_error():
         if options.out.suffix.lower() not in FORMATS:
-            raise InputError(f"--out {options.out}: expected a name that ends in {', '.join(FORMATS)}")
+            raise InputError(f"--out {options.out}: expected a name ending in {', '.join(FORMATS)}")
         rows = joined_rows(options.reports)
         try:
             options.out.parent.mkdir(parents=True, exist_ok=True)

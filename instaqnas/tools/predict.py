@@ -15,118 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
 
-from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import Command, EvalConfig
-from instaqnas.data.transforms import eval_transform
 from instaqnas.data.voc import read_image
-from instaqnas.deploy.packed import load_packed
-from instaqnas.detector.ssd import SwitchableSSD, detector_costs
+from instaqnas.deploy.predictor import Predictor
 from instaqnas.errors import InputError, exit_on_input_error
-from instaqnas.policy.bit_config import greedy_by
-from instaqnas.policy.network import PolicyNet, policy_gbitops
-from instaqnas.quant.bitops import CostTable
+from instaqnas.evaluation.pictures import draw_detections
 from instaqnas.tools.arguments import run_command
-from instaqnas.training.evaluate import detect
-from instaqnas.training.experiment import POLICY_STAGES, Experiment, latest_policy_checkpoint, load_network
-from instaqnas.training.pictures import draw_detections
-from instaqnas.training.report import choice_name
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One image: its bit choices by name, GBitOps, and its D detections, best first.
-
-    boxes_xyxy [D, 4] in the image's own pixels, scores [D], labels [D] from 1; all on the CPU.
-    """
-
-    bits: list[str]
-    gbitops_detector: float
-    gbitops_policy: float
-    boxes_xyxy: Tensor
-    scores: Tensor
-    labels: Tensor
-
-    def plain(self, class_names: tuple[str, ...]) -> dict[str, Any]:
-        """Plain values; scores to 4 decimals, boxes to 2."""
-        found = zip(self.labels.tolist(), self.scores.tolist(), self.boxes_xyxy.tolist(), strict=True)
-        return {
-            "bits": self.bits,
-            "gbitops": {"detector": self.gbitops_detector, "policy": self.gbitops_policy},
-            "detections": [
-                {
-                    "label": class_names[label - 1],
-                    "score": round(score, 4),
-                    "box_xyxy": [round(value, 2) for value in box],
-                }
-                for label, score, box in found
-            ],
-        }
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """Policy and detector in use: networks in evaluation on `device`, their costs, class names without background."""
-
-    detector: SwitchableSSD
-    policy: PolicyNet
-    costs: CostTable
-    policy_gbitops: float
-    class_names: tuple[str, ...]
-    settings: EvalConfig
-    device: torch.device
-
-    @staticmethod
-    def of_run(command: Command) -> Predictor:
-        """The latest of a run, or the checkpoint that the command names.
-
-        Raises: InputError if there is none, or it does not fit the config.
-        """
-        checkpoint = command.init or latest_policy_checkpoint(command)
-        experiment = Experiment(command.config, load_checkpoint(checkpoint)["classes"])
-        detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
-        load_network(experiment, detector, "detector", checkpoint, stages=POLICY_STAGES)
-        load_network(experiment, policy, "policy", checkpoint, stages=POLICY_STAGES)
-        costs, policy_cost = detector_costs(detector), policy_gbitops(policy, detector.image_size)
-        settings = command.config.eval
-        return Predictor(detector, policy, costs, policy_cost, experiment.class_names, settings, experiment.device)
-
-    @staticmethod
-    def of_packed(path: Path) -> Predictor:
-        """Those of a packed file, on integers.
-
-        Raises: InputError if it cannot be read.
-        """
-        model = load_packed(path)
-        parts = (model.detector, model.policy, model.costs, model.policy_gbitops, model.class_names)
-        return Predictor(*parts, model.settings, torch.device("cpu"))
-
-    def predict(self, image: Tensor, score_threshold: float) -> Prediction:
-        """What is found on `image`, uint8 RGB [3, H, W] of any size, with at least this score."""
-        resized = eval_transform(self.detector.image_size)({"image": tv_tensors.Image(image)})["image"]
-        images = resized[None].to(self.device)
-        look = self.detector.look(images)
-        choices = greedy_by(self.policy)(look.seen, ())
-        settings = replace(self.settings, score_threshold=score_threshold)
-        found = detect(self.detector, images, choices, settings, look.stem)
-        height, width = image.shape[1:]
-        scale = torch.tensor([width, height, width, height]) / self.detector.image_size
-        return Prediction(
-            [choice_name(self.detector.choices[choice]) for choice in choices[0].tolist()],
-            self.costs.gbitops(choices).item(),
-            self.policy_gbitops,
-            found.boxes_xyxy[0].cpu() * scale,
-            found.scores[0].cpu(),
-            found.labels[0].cpu(),
-        )
 
 
 def run_predict(

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from instaqnas.config import Config, parse_command
+from instaqnas.bits import choice_name
+from instaqnas.config.command import parse_command
+from instaqnas.config.settings import Config
 from instaqnas.data.voc import VOC_CLASSES, read_class_names
 from instaqnas.detector.ssd import DetectorBits, detector_layers
 from instaqnas.errors import InputError, exit_on_input_error
+from instaqnas.experiment.parts import Experiment
 from instaqnas.policy.network import policy_layers
 from instaqnas.quant.bitops import CostTable, LayerCost
 from instaqnas.tools.arguments import refuse
-from instaqnas.training.experiment import Experiment
-from instaqnas.training.report import choice_name
 
 GROUPS = {
     "stem": ".stem",
@@ -33,12 +34,14 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Profile:
-    """What one image costs.
+    """Costs of one image.
 
-    `layers` are the convolutions of the detector, with the config's bit choices and the parameters of full precision,
-    `positions` the names of those that the policy controls; `uniform_gbitops` is the cost of the detector with all
-    positions at one choice, by the name of the choice. `nested`: the weights of all choices are stored as one.
-    `configuration` is the number of each position's choice, by its name, if one bit configuration is looked at.
+    layers: convolutions of the detector, with the config's bit choices; parameters are counted in full precision.
+    positions: names of the layers that the policy controls.
+    nested: the weights of all choices are stored as one.
+    uniform_gbitops: cost of the detector with all positions at one choice, by the name of the choice.
+    policy_layers: convolutions of the policy.
+    configuration: index of each position's choice, by the name of the position; empty counts all choices.
     """
 
     layers: list[LayerCost]
@@ -48,33 +51,33 @@ class Profile:
     policy_layers: list[LayerCost]
     configuration: dict[str, int] = field(default_factory=dict)
 
-    def looked_at(self, layer: LayerCost) -> list[int]:
-        """The numbers of a layer's choices: all, or that of the configuration."""
+    def counted_choices(self, layer: LayerCost) -> list[int]:
+        """Indices of a layer's choices: all, or the configuration's."""
         if layer.name in self.configuration:
             return [self.configuration[layer.name]]
         return list(range(len(layer.choices)))
 
     def bits(self, layer: LayerCost) -> list[str]:
-        """The names of a layer's choices that are looked at."""
-        return [choice_name(layer.choices[k]) for k in self.looked_at(layer)]
+        """Names of the counted choices of a layer."""
+        return [choice_name(layer.choices[k]) for k in self.counted_choices(layer)]
 
     def gbitops(self, layer: LayerCost) -> list[float]:
-        """GBitOps of a layer at each choice that is looked at."""
-        return [layer.bitops(k) / 1e9 for k in self.looked_at(layer)]
+        """GBitOps of a layer at each counted choice."""
+        return [layer.bitops(k) / 1e9 for k in self.counted_choices(layer)]
 
     def weight_bytes(self, layer: LayerCost) -> list[int]:
-        """Bytes of a layer's weights in a packed file, before they are deflated, of each choice that is looked at.
+        """Bytes of a layer's weights in a packed file, before deflation, at each counted choice.
 
         Nested weights are stored once, at the widest of all choices.
         """
         if self.nested:
             return [max(layer.weight_bytes(k) for k in range(len(layer.choices)))]
-        return [layer.weight_bytes(k) for k in self.looked_at(layer)]
+        return [layer.weight_bytes(k) for k in self.counted_choices(layer)]
 
     def plain(self) -> dict[str, Any]:
-        """MACs, parameters and GBitOps of the detector and, apart from them, of the policy; then layer by layer.
+        """Plain values for JSON: MACs, parameters and GBitOps of the detector, of the policy, then layer by layer.
 
-        `configuration`, its choices and GBitOps, is there if one is looked at.
+        The key `configuration`, its choices and GBitOps, exists if one is counted.
         """
         macs = sum(layer.macs for layer in self.layers)
         configuration = {"configuration": self._plain_configuration()} if self.configuration else {}
@@ -108,12 +111,12 @@ class Profile:
     def _plain_configuration(self) -> dict[str, Any]:
         return {
             "choices": {layer.name: self.bits(layer)[0] for layer in self.layers if layer.name in self.configuration},
-            "gbitops": sum(layer.bitops(k) for layer in self.layers for k in self.looked_at(layer)) / 1e9,
+            "gbitops": sum(layer.bitops(k) for layer in self.layers for k in self.counted_choices(layer)) / 1e9,
         }
 
 
 def profile(config: Config, class_names: tuple[str, ...]) -> Profile:
-    """The costs of the detector and the policy that `config` describes, for these classes (without background)."""
+    """Costs of the detector and the policy of `config`, for these classes (without background)."""
     experiment = Experiment(replace(config, device="cpu"), class_names)
     full = detector_layers(experiment.detector(DetectorBits.full_precision()))
     detector = experiment.quantized_detector()
@@ -132,9 +135,10 @@ def at_configuration(result: Profile, configuration: str) -> Profile:
     """The profile of one bit configuration.
 
     Args:
+        result: the profile of all choices.
         configuration: names of choices such as w3a4, one for all positions or one for each, separated by commas.
 
-    Raises: InputError if there are other names, or another number of them.
+    Raises: InputError for an unknown name or a wrong number of names.
     """
     names = configuration.split(",")
     known = list(result.uniform_gbitops)
@@ -147,7 +151,7 @@ def at_configuration(result: Profile, configuration: str) -> Profile:
 
 
 def class_names_of(roots: Sequence[str]) -> tuple[str, ...]:
-    """The class names of the roots that are there, the VOC classes if none is; a note on standard error tells.
+    """Class names of the roots that exist, or the VOC classes; a note on standard error names missing roots.
 
     Raises: InputError as `read_class_names`.
     """
@@ -155,13 +159,13 @@ def class_names_of(roots: Sequence[str]) -> tuple[str, ...]:
     names = read_class_names(present) if present else VOC_CLASSES
     missing = [root for root in roots if root not in present]
     if missing:
-        source = f"those of {', '.join(present)}" if present else f"the {len(VOC_CLASSES)} of VOC"
-        sys.stderr.write(f"note: no such folder: {', '.join(missing)}; the classes are {source}\n")
+        classes = f"the classes of {', '.join(present)}" if present else f"the {len(VOC_CLASSES)} VOC classes"
+        sys.stderr.write(f"note: no such folder: {', '.join(missing)}; using {classes}\n")
     return names
 
 
-def format_table(result: Profile) -> str:
-    """A table of all layers in their groups, then the totals; bytes are those of the weights as packed."""
+def format_profile(result: Profile) -> str:
+    """A table of all layers by group, then the totals; bytes count the packed weights."""
     lines = [_line("layer", "MACs", "params", "bits", "GBitOps", "bytes")]
     for group, mark in GROUPS.items():
         members = [layer for layer in result.layers if mark in layer.name]
@@ -196,11 +200,11 @@ def _line(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the costs of the config that the command line names."""
+    """Prints the costs of a config."""
     parser = argparse.ArgumentParser(
         prog="python -m instaqnas.tools.profile",
-        description="Count MACs, parameters and GBitOps of a config's networks for one image. The data need not be "
-        "there: without it, the detector has the 20 VOC classes.",
+        description="Count MACs, parameters and GBitOps of a config's networks for one image. The data may be missing: "
+        "the detector then has the 20 VOC classes.",
         epilog="Settings can be overridden, such as --detector.width 0.5.",
         allow_abbrev=False,
     )
@@ -209,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--configuration",
         metavar="CHOICES",
-        help="count one bit configuration: a choice such as w3a4 for all positions, or one for each, with commas",
+        help="count one bit configuration: a choice such as w3a4 for all positions, or one for each, joined by commas",
     )
     options, overrides = parser.parse_known_args(arguments)
 
@@ -219,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         result = profile(config, class_names_of(config.data.roots))
         if options.configuration is not None:
             result = at_configuration(result, options.configuration)
-        print(json.dumps(result.plain()) if options.json else format_table(result))
+        print(json.dumps(result.plain()) if options.json else format_profile(result))
 
 
 if __name__ == "__main__":

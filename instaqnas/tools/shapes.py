@@ -1,4 +1,4 @@
-"""Generates the embedded data set of drawn objects: `python -m instaqnas.tools.shapes --root data/shapes`."""
+"""Generates the data set of drawn objects: `python -m instaqnas.tools.shapes --root data/shapes`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from instaqnas.errors import exit_on_input_error
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Writes the data set that the command line asks for; a second run with the same arguments changes nothing."""
+    """Writes the data set; a second run with the same arguments changes nothing."""
     parser = argparse.ArgumentParser(
         prog="python -m instaqnas.tools.shapes",
         description="Generate a PASCAL-VOC-layout data set of drawn objects with known difficulty.",

@@ -1,13 +1,13 @@
 """mAP against cost at several targets and seeds: `python -m instaqnas.tools.sweep --config FILE --targets 1.75,1.85`.
 
-RUN/seed0/                  pretraining, once for all targets, and the uniform rivals finetuned
-RUN/seed0/target_1.85/      search with the reward `budget` at that total cost, finetuning, the static rival, comparison
-RUN/.../logs/STEP.log       what a step printed
+RUN/seed0/                  pretraining, once for all targets, and the finetuned uniform baselines
+RUN/seed0/target_1.85/      search with the reward `budget` at that total cost, finetuning, static baseline, comparison
+RUN/.../logs/STEP.log       output of a step
 RUN/sweep.json, table.md, pareto.png
 
-Every step is a process of its own: one of the stage scripts. The same command goes on where it was interrupted, within
-a step too, and does nothing twice; targets and seeds can be added later. --report-only writes the three files from what
-is there.
+Every step runs one of the stage scripts in a process of its own. Repeating the command continues an interrupted sweep,
+within a step too, and skips finished steps; targets and seeds can be added later. --report-only writes the three files
+from the finished runs.
 """
 
 from __future__ import annotations
@@ -19,29 +19,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
-from instaqnas.config import Config, known_bits, parse_command, to_plain
+from instaqnas.config.command import known_bits, parse_command
+from instaqnas.config.reading import to_plain
+from instaqnas.config.settings import Config
 from instaqnas.data.voc import read_class_names
 from instaqnas.errors import InputError, TrainingError, exit_on_input_error
+from instaqnas.experiment.stage import fixed_stage
+from instaqnas.files import write_text
 from instaqnas.quant.bitops import CostTable
 from instaqnas.tools.profile import profile
-from instaqnas.tools.sweep_report import SweepRun, format_table, read_runs, write_files
-from instaqnas.training.rivals import fixed_stage
-from instaqnas.training.run_dir import write_text
+from instaqnas.tools.sweep_report import SweepRun, markdown_table, read_runs, write_files
 
 SCRIPTS = Path(__file__).resolve().parents[2]
-WITHOUT_TARGET = ("--reward.name", "quality", "--search.start", "uniform")  # the target of the file may be out of reach
+WITHOUT_TARGET = ("--reward.name", "quality", "--search.start", "uniform")  # the file's own target may be out of range
 OWN_OPTIONS = ("--run", "--seed", "--bits", "--reward.name", "--reward.target_gbitops")
 STAGE_OPTIONS = ("--init", "--restart")
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is asked for: the YAML file, the folder, total costs in GBitOps, seeds, and settings for all stages."""
+    """The YAML file, the folder to write, total costs in GBitOps, seeds, and overridden settings for all stages."""
 
     config: Path
     run: Path
@@ -50,31 +53,32 @@ class Sweep:
     overrides: tuple[str, ...]
 
     def words(self, seed: int, target: float | None = None) -> list[str]:
-        """Options of a stage script, but for its run; without a target those of what all targets share."""
+        """Options of a stage script except `--run`; without a target, of the stages that all targets share."""
         words = ["--config", str(self.config), *self.overrides, "--seed", str(seed)]
-        own = WITHOUT_TARGET if target is None else ("--reward.name", "budget", "--reward.target_gbitops", str(target))
-        return [*words, *own]
+        if target is None:
+            return [*words, *WITHOUT_TARGET]
+        return [*words, "--reward.name", "budget", "--reward.target_gbitops", str(target)]
 
     def settings(self, seed: int, target: float | None = None) -> Config:
         """The resolved settings of a seed and target."""
         return parse_command("search", self.words(seed, target)).config
 
     def folder(self, seed: int, target: float | None = None) -> Path:
-        """Where the stages of a seed write: what all targets share, or what belongs to one of them."""
+        """Folder of the stages of a seed: of those that all targets share, or of one target."""
         folder = self.run / f"seed{seed}"
         return folder if target is None else folder / f"target_{target:g}"
 
 
 @dataclass(frozen=True)
-class Step:
+class SweepStep:
     """One call of a stage script.
 
     Args:
-        name: what messages, the log and the record call it.
-        script: of the four stages.
-        folder: its run.
-        words: its options beside the run.
-        output: relative to the folder; it is there once the step has ended well.
+        name: name in messages, of its log and in steps.json.
+        script: pretrain, search, finetune or eval.
+        folder: its `--run`.
+        words: its other options.
+        output: file, relative to the folder, that exists once the step has succeeded.
     """
 
     name: str
@@ -85,13 +89,13 @@ class Step:
 
     @property
     def log(self) -> Path:
-        """What it printed, this time and before."""
+        """Output of this call and of those before."""
         return self.folder / "logs" / f"{self.name.replace(' ', '_').replace(':', '_')}.log"
 
     def run(self) -> None:
-        """Runs it to its end.
+        """Runs the script to its end.
 
-        Raises: InputError where the script has refused its input, TrainingError where it has failed otherwise.
+        Raises: InputError if the script refuses its input (exit status 2), TrainingError if it fails otherwise.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(SCRIPTS / f"{self.script}.py"), *self.words, "--run", str(self.folder)]
@@ -107,11 +111,14 @@ class Step:
             lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
             kind = InputError if done.returncode == 2 else TrainingError
             last = lines[-1] if lines else "nothing printed"
-            raise kind(f"{self.name} in {self.folder}: exit status {done.returncode} ({last}); all of it: {self.log}")
+            raise kind(f"{self.name} in {self.folder}: exit status {done.returncode} ({last}); full log: {self.log}")
 
 
-class Record:
-    """The steps of one folder that have ended well, and with which settings: RUN/.../steps.json."""
+class FinishedSteps:
+    """The steps of one folder that have succeeded, each with a digest of its settings: RUN/.../steps.json.
+
+    Raises: InputError if the file is damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "steps.json"
@@ -120,20 +127,20 @@ class Record:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise InputError(f"{self.path}: damaged; remove it, and finished stages will be looked at again")
+            raise InputError(f"{self.path}: damaged; remove it, and all its steps will be checked again")
         self.digests: dict[str, str] = found
 
-    def has(self, step: Step, settings: Config) -> bool:
-        """Whether the step has ended with these settings, and what it wrote is still there."""
-        return self.digests.get(step.name) == _digest(settings) and (step.folder / step.output).exists()
+    def has(self, step: SweepStep, settings: Config) -> bool:
+        """Whether the step has succeeded with these settings and its output still exists."""
+        return self.digests.get(step.name) == _settings_digest(settings) and (step.folder / step.output).exists()
 
-    def add(self, step: Step, settings: Config) -> None:
-        """Notes that the step has ended."""
-        self.digests[step.name] = _digest(settings)
+    def add(self, step: SweepStep, settings: Config) -> None:
+        """Records that the step has succeeded."""
+        self.digests[step.name] = _settings_digest(settings)
         self._write()
 
-    def forget(self, steps: Sequence[Step]) -> None:
-        """Notes that the steps have to run."""
+    def forget(self, steps: Sequence[SweepStep]) -> None:
+        """Records that the steps have to run."""
         for step in steps:
             self.digests.pop(step.name, None)
         self._write()
@@ -142,85 +149,90 @@ class Record:
         write_text(self.path, json.dumps(self.digests, indent=1) + "\n")
 
 
-def shared_steps(sweep: Sweep, seed: int) -> list[Step]:
-    """Pretraining and the uniform rivals of a seed."""
+def shared_steps(sweep: Sweep, seed: int) -> list[SweepStep]:
+    """Pretraining and the uniform baselines of a seed."""
     folder, words = sweep.folder(seed), sweep.words(seed)
     uniform = [bits for bits in known_bits("finetune", sweep.settings(seed).bits.choices) if bits.startswith("uniform")]
     return [
-        Step("pretrain", "pretrain", folder, words, "pretrain_quant/last.pt"),
+        SweepStep("pretrain", "pretrain", folder, words, "pretrain_quant/last.pt"),
         *(_finetune(folder, words, bits) for bits in uniform),
     ]
 
 
-def target_steps(sweep: Sweep, seed: int, target: float) -> list[Step]:
-    """Search, finetuning, static rival and comparison of a seed and target."""
+def target_steps(sweep: Sweep, seed: int, target: float) -> list[SweepStep]:
+    """Search, finetuning, static baseline and comparison of a seed and target."""
     folder, words = sweep.folder(seed, target), sweep.words(seed, target)
     return [
-        Step("search", "search", folder, words, "search/last.pt"),
-        Step("finetune", "finetune", folder, words, "finetune/last.pt"),
+        SweepStep("search", "search", folder, words, "search/last.pt"),
+        SweepStep("finetune", "finetune", folder, words, "finetune/last.pt"),
         _finetune(folder, words, "static"),
-        Step("eval", "eval", folder, [*words, "--bits", "all"], "eval/report.json"),
+        SweepStep("eval", "eval", folder, [*words, "--bits", "all"], "eval/report.json"),
     ]
 
 
-def _finetune(folder: Path, words: Sequence[str], bits: str) -> Step:
-    output = f"{fixed_stage(bits)}/last.pt"
-    return Step(f"finetune {bits}", "finetune", folder, [*words, "--bits", bits], output)
+def _finetune(folder: Path, words: Sequence[str], bits: str) -> SweepStep:
+    output = f"{fixed_stage(bits).name}/last.pt"
+    return SweepStep(f"finetune {bits}", "finetune", folder, [*words, "--bits", bits], output)
 
 
 def run_all(sweep: Sweep, say: Callable[[str], None]) -> None:
-    """Runs what has not ended yet.
+    """Runs all steps that have not succeeded yet; `say` gets a line of progress at a time.
 
     Raises: InputError and TrainingError, which name the step and its log.
     """
     for seed in sweep.seeds:
         shared = shared_steps(sweep, seed)
-        of_targets = list(sweep.folder(seed).glob("target_*/steps.json"))
-        _run_chain(shared, sweep.settings(seed), f"seed {seed}", say, built_on=of_targets)
+        dependents = list(sweep.folder(seed).glob("target_*/steps.json"))
+        _run_chain(shared, sweep.settings(seed), f"seed {seed}", say, dependents=dependents)
         for target in sweep.targets:
             folder = sweep.folder(seed, target)
             folder.mkdir(exist_ok=True)
-            for name in ("pretrain_fp32", *(Path(step.output).parent for step in shared)):
-                _link(folder / name)
+            _link(folder / "pretrain_fp32")
+            for step in shared:
+                _link(folder / Path(step.output).parent)
             where = f"seed {seed}, target {target:g}"
             _run_chain(target_steps(sweep, seed, target), sweep.settings(seed, target), where, say)
 
 
 def _run_chain(
-    steps: Sequence[Step],
+    steps: Sequence[SweepStep],
     settings: Config,
     where: str,
     say: Callable[[str], None],
     *,
-    built_on: Sequence[Path] = (),
+    dependents: Sequence[Path] = (),
 ) -> None:
-    """Runs steps that build on each other: before one that has to run, all that builds on it is forgotten to be done.
+    """Runs steps of one folder, each of which depends on the steps before it.
 
-    So it is run again, even if the sweep ends in between. `built_on` are the records of other folders that do, too.
+    Args:
+        where: prefix of the lines of progress.
+        dependents: steps.json of other folders whose steps depend on these.
     """
     steps[0].folder.mkdir(parents=True, exist_ok=True)
-    record = Record(steps[0].folder)
+    finished = FinishedSteps(steps[0].folder)
     for number, step in enumerate(steps):
-        if record.has(step, settings):
+        if finished.has(step, settings):
             say(f"{where}: {step.name} is done")
             continue
-        for path in built_on:
+        # Everything that depends on the step is forgotten before it runs: it then runs again even if the sweep is
+        # interrupted in between.
+        for path in dependents:
             path.unlink(missing_ok=True)
-        record.forget(steps[number:])
+        finished.forget(steps[number:])
         say(f"{where}: {step.name}, see {step.log}")
         start = time.monotonic()
         step.run()
-        record.add(step, settings)
+        finished.add(step, settings)
         say(f"{where}: {step.name} took {time.monotonic() - start:.0f} s")
 
 
 def _link(link: Path) -> None:
-    """Makes a stage of the folder above one of this folder, unless it has its own."""
+    """Links to the stage of the same name in the folder above, unless this folder has its own."""
     if not link.is_symlink() and not link.exists():
         link.symlink_to(Path("..") / link.name, target_is_directory=True)
 
 
-def _digest(settings: Config) -> str:
+def _settings_digest(settings: Config) -> str:
     return hashlib.sha256(json.dumps(to_plain(settings), sort_keys=True).encode()).hexdigest()
 
 
@@ -228,38 +240,38 @@ def _digest(settings: Config) -> str:
 
 
 def parse_sweep(arguments: Sequence[str] | None) -> tuple[Sweep, bool]:
-    """The sweep that the command line asks for, and whether it asks for the report only.
+    """The sweep of a command line, and whether only the report is wanted.
 
-    Raises: InputError for bad numbers, numbers twice, bad settings, and options that belong to the sweep.
+    Raises: InputError for a value that is no number or occurs twice, a bad setting, and an option that the sweep sets.
     """
     parser = _Parser(
         prog="python -m instaqnas.tools.sweep",
-        description="Run or resume searches at several total costs and seeds, with fixed rivals finetuned as long, and "
-        "write table and plot of mAP against GBitOps.",
+        description="Run or resume searches at several total costs and seeds, with fixed baselines finetuned as long, "
+        "and write table and plot of mAP against GBitOps.",
         epilog="Settings can be overridden for all stages, such as --search.epochs 3.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the experiment (required)")
     parser.add_argument(
-        "--run", type=Path, metavar="FOLDER", help="what it writes (default: runs/<name of FILE>_sweep)"
+        "--run", type=Path, metavar="FOLDER", help="folder to write (default: runs/<name of FILE>_sweep)"
     )
     parser.add_argument("--targets", default="", metavar="A,B,C", help="mean GBitOps of detector and policy (required)")
-    parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2", help="seeds of everything random (default: 0,1,2)")
-    parser.add_argument("--report-only", action="store_true", help="run nothing; report what is there")
+    parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2", help="random seeds (default: 0,1,2)")
+    parser.add_argument("--report-only", action="store_true", help="run nothing; report the finished runs")
     options, overrides = parser.parse_known_args(arguments)
     for word in overrides:
         option = word.partition("=")[0]
         if option in OWN_OPTIONS:
-            raise InputError(f"{option}: the sweep sets it itself")
+            raise InputError(f"{option}: set by the sweep itself")
         if option in STAGE_OPTIONS:
             raise InputError(
-                f"{option}: not for all stages of a sweep; give it to one, such as search.py, with its --run"
+                f"{option}: does not apply to a sweep; pass it to one stage's script, such as search.py, with its --run"
             )
     if options.config is None:
         raise InputError("--config FILE is missing")
     run = options.run or Path("runs") / f"{options.config.stem}_sweep"
-    targets = tuple(_numbers("--targets", options.targets, float))
-    seeds = tuple(_numbers("--seeds", options.seeds, int))
+    targets = tuple(_numbers("--targets", options.targets, float, "g"))
+    seeds = tuple(_numbers("--seeds", options.seeds, int, "d"))
     sweep = Sweep(options.config, run, targets, seeds, tuple(overrides))
     for seed in seeds:
         for target in targets:
@@ -272,23 +284,23 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def _numbers(option: str, text: str, kind: type) -> Iterator[float]:
-    """The numbers of a list such as 1.7,1.8, none of them twice."""
-    seen = set()
+def _numbers(option: str, text: str, parse: Callable[[str], Number], form: str) -> list[Number]:
+    """The numbers of a list such as 1.7,1.8; no two may have the same text in `form`, which names folders."""
+    numbers: dict[str, Number] = {}
     for word in text.split(","):
         try:
-            number = kind(word)
+            number = parse(word)
         except ValueError:
             raise InputError(f"{option}: expected numbers such as 1,2, got {text!r}") from None
-        name = f"{number:g}"
-        if name in seen:
-            raise InputError(f"{option}: {name} is there twice")
-        seen.add(name)
-        yield number
+        name = format(number, form)
+        if name in numbers:
+            raise InputError(f"{option}: {name} occurs twice")
+        numbers[name] = number
+    return list(numbers.values())
 
 
 def check_targets(sweep: Sweep) -> None:
-    """Raises InputError for a target that no bit configuration can have with its policy."""
+    """Raises InputError for a target outside the costs of all bit configurations, policy included."""
     config = sweep.settings(sweep.seeds[0], sweep.targets[0])
     found = profile(config, read_class_names(config.data.roots))
     costs, policy_cost = CostTable(found.layers, found.positions), found.plain()["policy"]["gbitops"]
@@ -296,14 +308,14 @@ def check_targets(sweep: Sweep) -> None:
     for target in sweep.targets:
         if not lowest <= target <= highest:
             raise InputError(
-                f"--targets: expected {lowest:.4g} to {highest:.4g} GBitOps, what the configurations of this network "
-                f"cost with its policy, got {target:g}"
+                f"--targets: expected {lowest:.4g} to {highest:.4g} GBitOps, the range of the network's configurations "
+                f"with the policy, got {target:g}"
             )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs what is missing and reports."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the running stage ends too
+    """Runs the missing steps and writes the report."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raises, so that subprocess.run ends the stage
     with exit_on_input_error():
         sweep, report_only = parse_sweep(arguments)
         if not report_only:
@@ -318,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not runs:
             raise InputError(f"{sweep.run}: nothing to report yet")
         write_files(sweep.run, runs, missing)
-        print(format_table(runs))
+        print(markdown_table(runs))
         print(f"written: {', '.join(str(sweep.run / name) for name in ('sweep.json', 'table.md', 'pareto.png'))}")
 
 
@@ -326,5 +338,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where it was\n")
+        sys.stderr.write("interrupted; the same command continues\n")
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: figures over seeds, as JSON, as a Markdown table and as a plot."""
+"""The report of a sweep: means and spreads over seeds as JSON, as a Markdown table and as a plot."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from instaqnas.errors import InputError
-from instaqnas.training.run_dir import versions, write_text
+from instaqnas.experiment.run_dir import versions
+from instaqnas.files import write_text
 
-TARGET_ROWS = ("policy", "static", "modal", "shuffled", "frequencies")  # the others are the same for all targets
+TARGET_ROWS = ("policy", "static", "modal", "shuffled", "frequencies")  # all other rows are shared by the targets
 KEPT = ("bits", "map_11pt", "coco_ap", "gbitops_total", "gbitops_policy", "distinct_configs", "finetuned")
 HEADER = (
     "target", "bits", "mAP", "policy ahead by", "GBitOps", "against target", "configurations", "rank correlation",
@@ -25,7 +26,7 @@ HEADER = (
 class SweepRun:
     """One seed at one target, and its folder.
 
-    `rows` of its report, by their `bits`, and the resolved `config` in it are empty before it has been read.
+    `rows` (of its report, by their `bits`) and the resolved `config` are empty until `read_runs` fills them.
     """
 
     seed: int
@@ -36,7 +37,7 @@ class SweepRun:
 
     @property
     def report(self) -> Path:
-        """Where eval.py writes it."""
+        """The file that eval.py writes."""
         return self.folder / "eval" / "report.json"
 
     def plain(self) -> dict[str, Any]:
@@ -46,14 +47,14 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean of one value per seed, and sample standard deviation, None for a single seed."""
+    """Mean over seeds, and the sample standard deviation, None for a single seed."""
 
     mean: float
     deviation: float | None
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of at least one value."""
         return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def text(self, digits: int) -> str:
@@ -64,19 +65,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class Entry:
-    """One way to choose bits over seeds.
+    """One way to choose bits, over seeds: a line of the table.
 
     Args:
-        target: total GBitOps that were aimed at; None for what is the same at all targets.
-        bits: the way, as in `--bits`.
-        seeds: how many.
+        target: total GBitOps aimed at; None for rows that all targets share.
+        bits: the way to choose bits, as in `--bits`.
+        seeds: number of seeds.
         map_percent: mAP, 11 points, in per cent.
-        ahead_percent: what the policy's mAP is above it, seed by seed; None for the policy itself and without a target.
-        gbitops: mean total GBitOps per image.
-        off_target_percent: these against the target.
-        distinct_configs: mean number of different bit configurations on the test split.
-        rank_correlation: between an image's bits and its difficulty, where the reports have it.
-        finetuned: epochs that the detector was trained for after pretraining, of each seed.
+        ahead_percent: the policy's mAP minus this one, seed by seed, in points; None for the policy and without target.
+        gbitops: total GBitOps per image, policy included.
+        off_target_percent: 100 * (gbitops / target - 1); None without target.
+        distinct_configs: number of different bit configurations on the test split.
+        rank_correlation: between an image's bits and its difficulty; None if no report has it.
+        finetuned: of each seed, the epochs of training after pretraining.
     """
 
     target: float | None
@@ -91,7 +92,7 @@ class Entry:
     finetuned: list[int]
 
     def cells(self) -> list[str]:
-        """Those of its line in the table."""
+        """Cells of the line, in the order of HEADER."""
         return [
             "" if self.target is None else f"{self.target:g}",
             self.bits,
@@ -111,7 +112,7 @@ def _text(value: Spread | None, digits: int) -> str:
 
 
 def read_runs(wanted: Iterable[SweepRun]) -> tuple[list[SweepRun], list[SweepRun]]:
-    """Those that have a report with a policy, with its rows, and those that have none yet.
+    """The runs whose report has a row `policy`, filled in, and the runs without one.
 
     Raises: InputError for a file that is no report.
     """
@@ -126,7 +127,7 @@ def read_runs(wanted: Iterable[SweepRun]) -> tuple[list[SweepRun], list[SweepRun
 
 
 def _read(report: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Rows by their `bits`, and config."""
+    """Rows by their `bits`, and the config."""
     try:
         content = json.loads(report.read_text())
         rows = {row["bits"]: {**{key: row[key] for key in KEPT}, **_diagnostics(row)} for row in content["rows"]}
@@ -141,12 +142,15 @@ def _diagnostics(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def entries(runs: Sequence[SweepRun]) -> list[Entry]:
-    """What is the same at all targets, one value per seed, then by target what is not."""
+    """Entries that all targets share, one value per seed, then the entries of each target."""
     shared = [bits for bits in dict.fromkeys(bits for run in runs for bits in run.rows) if bits not in TARGET_ROWS]
     found = []
     for bits in shared:
-        one_of_seed = {run.seed: run for run in reversed(runs) if bits in run.rows}
-        found.append(_entry(None, bits, list(one_of_seed.values())[::-1]))
+        of_seed: dict[int, SweepRun] = {}
+        for run in runs:
+            if bits in run.rows:
+                of_seed.setdefault(run.seed, run)
+        found.append(_entry(None, bits, list(of_seed.values())))
     for target in dict.fromkeys(run.target for run in runs):
         for bits in TARGET_ROWS:
             of_target = [run for run in runs if run.target == target and bits in run.rows]
@@ -179,21 +183,21 @@ def _entry(target: float | None, bits: str, runs: Sequence[SweepRun]) -> Entry:
     )
 
 
-def format_table(runs: Sequence[SweepRun]) -> str:
-    """The Markdown table."""
+def markdown_table(runs: Sequence[SweepRun]) -> str:
+    """The Markdown table and its legend."""
     lines = [HEADER, ["---", "---", *["---:"] * (len(HEADER) - 2)], *(entry.cells() for entry in entries(runs))]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     return (
-        "On the test split; mAP at 11 points in per cent, GBitOps per image with those of the policy. Figures are "
-        f"means ± sample standard deviation over seeds {seeds}; `policy ahead by` is in points of mAP, seed by seed, "
-        "whatever the row costs; `finetuned epochs` are those of its detector after pretraining, up to the checkpoint "
-        f"that was used.\n\n{table}\n"
+        "On the test split: mAP at 11 points in per cent, GBitOps per image with the policy included. Figures are "
+        f"means ± sample standard deviation over seeds {seeds}; `policy ahead by` is a difference of mAP in points, "
+        "seed by seed, at the cost of each row; `finetuned epochs` count the detector's training after pretraining, up "
+        f"to the checkpoint that was used.\n\n{table}\n"
     )
 
 
 def write_files(folder: Path, runs: Sequence[SweepRun], missing: Sequence[SweepRun]) -> None:
-    """Writes sweep.json, with the config of the first run, table.md and pareto.png."""
+    """Writes sweep.json (with the config of the first run), table.md and pareto.png."""
     content = {
         "entries": [asdict(entry) for entry in entries(runs)],
         "runs": [run.plain() for run in runs],
@@ -202,14 +206,14 @@ def write_files(folder: Path, runs: Sequence[SweepRun], missing: Sequence[SweepR
         "versions": versions(),
     }
     write_text(folder / "sweep.json", json.dumps(content, indent=1) + "\n")
-    write_text(folder / "table.md", format_table(runs))
-    plot(folder / "pareto.png", entries(runs))
+    write_text(folder / "table.md", markdown_table(runs))
+    plot_entries(folder / "pareto.png", entries(runs))
 
 
-def plot(path: Path, found: Sequence[Entry]) -> None:
-    """mAP against total GBitOps with error bars; the uniform choices, and each other way over targets, are lines.
+def plot_entries(path: Path, found: Sequence[Entry]) -> None:
+    """Plots mAP against total GBitOps with error bars: a line through the uniform choices, one for each other row.
 
-    Full precision is a line across: its cost is far off.
+    Full precision is a horizontal line: its cost is far off.
     """
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 

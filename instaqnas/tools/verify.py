@@ -15,18 +15,20 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
+from instaqnas import distributed
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD
 from instaqnas.errors import InputError, exit_on_input_error
+from instaqnas.evaluation.inference import detect
+from instaqnas.experiment.handover import Checkpoint, initial_checkpoint, latest_policy_checkpoint
+from instaqnas.experiment.parts import Experiment
+from instaqnas.experiment.stage import POLICY_KINDS
 from instaqnas.policy.bit_config import ChooseBits, greedy_by
-from instaqnas.quant.convolution import has_byte_products, in_floating_point
+from instaqnas.quant.byte_conv import has_byte_products, in_floating_point
 from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.integer import EXACT_IN_FLOAT32, IntegerConv2d, to_integer
 from instaqnas.quant.switchable import SwitchableConv2d
 from instaqnas.tools.arguments import run_command, run_parser
-from instaqnas.training import distributed
-from instaqnas.training.evaluate import detect
-from instaqnas.training.experiment import POLICY_STAGES, Experiment, latest_policy_checkpoint, load_network
 
 
 @dataclass
@@ -98,13 +100,15 @@ def compare(
 ) -> None:
     """Adds all images of `loader` to `result`; `choose` gives their bits by float and by integer networks."""
     for batch in distributed.progress_bar(loader, "verify"):
-        looks = [network.look(batch.images) for network in (detector, integer)]
-        choices, same = (ways(look.seen, batch.keys) for ways, look in zip(choose, looks, strict=True))
+        observations = [network.observe(batch.images) for network in (detector, integer)]
+        choices, same = (
+            ways(observation.input, batch.keys) for ways, observation in zip(choose, observations, strict=True)
+        )
         result.images += len(batch.images)
         result.images_with_different_choices += int((choices != same).any(1).sum())
         left, right = (
-            detect(network, batch.images, choices, experiment.config.eval, look.stem)
-            for network, look in zip((detector, integer), looks, strict=True)
+            detect(network, batch.images, choices, experiment.config.eval, observation.stem)
+            for network, observation in zip((detector, integer), observations, strict=True)
         )
         result.detections += int((left.labels > 0).sum())
         for image in range(len(batch.images)):
@@ -117,11 +121,11 @@ def compare(
             result.images_with_different_detections += not equal
 
 
-def verify(experiment: Experiment, checkpoint: str, random_configurations: int) -> dict[str, Comparison]:
+def verify(experiment: Experiment, checkpoint: Checkpoint, random_configurations: int) -> dict[str, Comparison]:
     """Comparisons under the policy's configurations and under random ones, each image at that many."""
     detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
-    load_network(experiment, detector, "detector", checkpoint, stages=POLICY_STAGES)
-    load_network(experiment, policy, "policy", checkpoint, stages=POLICY_STAGES)
+    checkpoint.load(experiment, detector, "detector", POLICY_KINDS)
+    checkpoint.load(experiment, policy, "policy", POLICY_KINDS)
     integer, integer_policy = to_integer(detector, "detector."), to_integer(policy, "policy.")
     results = {"policy": Comparison(), "random": Comparison()}
     loader = experiment.test_loader()
@@ -149,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise InputError(f"--random: expected at least 0, got {options.random}")
         command = run_command(options, [*overrides, "--device", "cpu"])
         compile_passes(command.config.runtime.compile)
-        checkpoint = command.init or latest_policy_checkpoint(command)
+        checkpoint = initial_checkpoint(command) or latest_policy_checkpoint(command)
         with in_floating_point():
             results = verify(Experiment(command.config), checkpoint, options.random)
     figures = {name: asdict(result) for name, result in results.items()}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from instaqnas.config import TrainConfig
+from instaqnas.config.settings import TrainConfig
 from instaqnas.quant.quantizers import Quantizer
 from instaqnas.quant.switchable import SwitchableConv2d
 

@@ -1,47 +1,46 @@
-"""The policy's side of the search: what it is rewarded for, its training, how it is watched, how it meets a budget."""
+"""The policy's side of the search: reward, training, diagnosis, and the last shift that meets the budget."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from instaqnas import ranks
+from instaqnas import distributed
+from instaqnas.config.settings import Config
 from instaqnas.data.loader import Batch, DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
+from instaqnas.evaluation.inference import detections_of, negative_loss, quality_of
+from instaqnas.evaluation.sensitivity import first_images
+from instaqnas.evaluation.survey import Survey, diagnose, survey
+from instaqnas.experiment.parts import Experiment
 from instaqnas.policy import reward as rewards
 from instaqnas.policy.budget import budget_offset, greedy_gbitops
 from instaqnas.policy.network import PolicyNet, policy_gbitops
+from instaqnas.quant.affine import Affine
 from instaqnas.quant.bitops import CostTable
-from instaqnas.training import distributed
-from instaqnas.training.evaluate import detections_of, negative_loss, quality_of
-from instaqnas.training.experiment import Experiment
-from instaqnas.training.fit import TrainState
-from instaqnas.training.policy_epoch import Judge, train_policy_epoch
-from instaqnas.training.run_dir import RunDir
-from instaqnas.training.sensitivity import MOST_IMAGES
-from instaqnas.training.survey import Survey, diagnose, survey
+from instaqnas.training.detector_training import DetectorTraining
+from instaqnas.training.policy_step import Judge, Quality, policy_step
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PolicyTraining:
-    """A policy being trained in the search, and the detector that judges it, which it may look through.
+    """A policy in training; build it with `begin`.
 
-    detector: as it would be used: the average where there is one.
-    network: the policy as `distributed.parallel` returns it.
-    costs, own_gbitops: GBitOps of the detector's configurations, and of one decision.
+    Args:
+        training: of the detector in the same search; its result judges, and computes the input of the policy.
+        policy: is trained.
+        network: the policy as `distributed.parallel` returns it.
+        loader: training images of the policy.
+        costs: GBitOps of the detector's configurations.
+        own_gbitops: cost of one decision of the policy.
     """
 
-    experiment: Experiment
-    run_dir: RunDir
-    state: TrainState
-    detector: SwitchableSSD
+    training: DetectorTraining
     policy: PolicyNet
     network: nn.Module
     loader: DetectionLoader
@@ -49,120 +48,93 @@ class PolicyTraining:
     own_gbitops: float
 
     @staticmethod
-    def begin(
-        experiment: Experiment, run_dir: RunDir, state: TrainState, detector: SwitchableSSD, policy: PolicyNet
-    ) -> PolicyTraining:
-        """Builds optimizer and training data; what is trained becomes part of `state`."""
+    def begin(training: DetectorTraining, policy: PolicyNet) -> PolicyTraining:
+        """Builds optimizer and data; the policy becomes part of the state of `training`."""
+        experiment, state = training.experiment, training.state
         settings = experiment.config.search
-        experiment.check_shares("search.policy_batch_size", settings.policy_batch_size, part="policy")
         state.networks["policy"] = policy
         state.optimizers["policy"] = torch.optim.Adam(policy.parameters(), lr=settings.policy_lr)
         return PolicyTraining(
-            experiment,
-            run_dir,
-            state,
-            detector,
-            policy,
-            distributed.parallel(policy),
-            experiment.policy_loader(settings.policy_batch_size, "search policy"),
-            detector_costs(detector),
-            policy_gbitops(policy, detector.image_size),
+            training=training,
+            policy=policy,
+            network=distributed.parallel(policy),
+            loader=experiment.policy_loader(settings.policy_batch_size, "search policy"),
+            costs=detector_costs(training.detector),
+            own_gbitops=policy_gbitops(policy, training.detector.image_size),
         )
 
     @property
+    def config(self) -> Config:
+        """The whole config."""
+        return self.training.experiment.config
+
+    @property
     def target_gbitops(self) -> float | None:
-        """Mean GBitOps that the reward aims at, None where it has no such target."""
-        settings = self.experiment.config.reward
+        """Mean GBitOps that the reward aims at; None if it has no target."""
+        settings = self.config.reward
         return settings.target_gbitops if settings.name == "budget" else None
 
     def progress(self, epoch: int) -> float:
-        """0 in the first epoch of the search, 1 in the last."""
-        return epoch / max(1, self.experiment.config.search.epochs - 1)
+        """Progress of the search: 0 in the first epoch, 1 in the last."""
+        return epoch / max(1, self.config.search.epochs - 1)
 
     def epsilon(self, epoch: int) -> float:
         """Share of uniform exploration in an epoch."""
-        settings = self.experiment.config.search
+        settings = self.config.search
         return _between(settings.epsilon_start, settings.epsilon_end, self.progress(epoch))
 
-    def epoch(self, epoch: int, after_step: Callable[[], None]) -> dict[str, float]:
-        """One pass over the policy's images, or what is left of it after an interruption; returns what to log."""
-        config, state = self.experiment.config, self.state
-        settings, target = config.search, self.target_gbitops
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the policy's images, or the rest of it after an interruption; returns its scalars."""
+        experiment, state, settings = self.training.experiment, self.training.state, self.config.search
+        detector, target = self.training.result, self.target_gbitops
         progress, epsilon = self.progress(epoch), self.epsilon(epoch)
-        self.detector.eval()
+        entropy_beta = _between(settings.entropy_start, settings.entropy_end, progress)
+        draws = [experiment.draw("policy samples", number) for number in range(settings.samples)]
+        judge = self.judge(progress)
         sums = state.sums("policy")
         self.loader.set_epoch(epoch, first_batch=sums.steps)
         bar = distributed.progress_bar(self.loader, f"search {epoch + 1}/{settings.epochs} policy", sums.steps)
-
-        def on_step(scalars: dict[str, float]) -> None:
+        detector.eval()
+        self.network.train()
+        for batch in bar:
+            scalars = policy_step(
+                self.network,
+                batch.to(experiment.device),
+                detector,
+                judge,
+                state.optimizers["policy"],
+                epsilon=epsilon,
+                entropy_beta=entropy_beta,
+                baseline=settings.baseline,
+                normalize_advantage=settings.normalize_advantage,
+                draws=draws,
+                step=epoch * len(self.loader) + sums.steps,
+            )
+            sums.add(scalars, distributed.world_size() * len(batch.image_ids))
+            if target is not None:
+                cost = scalars["cost/gbitops_greedy"]  # greedy configurations are used in the end; samples explore
+                state.multiplier = state.multiplier.updated(cost, target, self.config.reward.multiplier_lr)
             reward = f"{scalars['reward/sampled']:.3f}"
             bar.set_postfix(loss=f"{scalars['policy/loss']:.3f}", reward=reward, refresh=False)
-            if target is not None:
-                cost = scalars["cost/gbitops_greedy"]  # what is used in the end; samples explore
-                state.multiplier = state.multiplier.updated(cost, target, config.reward.multiplier_lr)
-            after_step()
-
-        train_policy_epoch(
-            self.network,
-            bar,
-            build_judge(self.experiment, self.detector, self.costs, self.own_gbitops, state, progress),
-            state.optimizers["policy"],
-            sums=sums,
-            epsilon=epsilon,
-            entropy_beta=_between(settings.entropy_start, settings.entropy_end, progress),
-            baseline=settings.baseline,
-            normalize_advantage=settings.normalize_advantage,
-            look=lambda images: self.detector.look(images).seen,
-            device=self.experiment.device,
-            draws=[self.experiment.draw("policy samples", number) for number in range(settings.samples)],
-            on_step=on_step,
-        )
+            self.training.save_if_due()
         self.policy.eval()
-        scalars = {**sums.means(), "policy/epsilon": epsilon}
+        means = {**sums.means(), "policy/epsilon": epsilon}
         if target is not None:
-            scalars["policy/multiplier"] = state.multiplier.value(config.reward.multiplier_gain)
-            scalars["cost/greedy_to_target"] = scalars["cost/gbitops_greedy"] / target
-        return scalars
-
-    def survey(self) -> Survey:
-        """What the policy does on the images that it learns from."""
-        return survey(self.policy, self.detector, self.experiment.policy_images(), self.experiment.device)
-
-    def diagnose(self, step: int) -> dict[str, float]:
-        """Figures of a survey, to be logged at a step of the detector; those of single positions go to TensorBoard."""
-        found = diagnose(self.survey(), self.costs, self.own_gbitops, self.target_gbitops)
-        found.log_collapse("the policy's training images")
-        self.run_dir.log_step(step, found.position_scalars())
-        scalars = {f"diagnostics/{name}": value for name, value in found.scalars().items()}
-        # The other baseline judges the greedy configurations in every step.
-        return scalars | self.greedy_outcome() if self.experiment.config.search.baseline == "rloo" else scalars
-
-    @torch.no_grad()
-    def greedy_outcome(self) -> dict[str, float]:
-        """Mean reward and quality of the greedy configurations of the first `MOST_IMAGES` images it learns from."""
-        device, batch_size = self.experiment.device, self.experiment.config.eval.batch_size
-        progress = self.progress(self.state.epoch - 1)
-        judge = build_judge(self.experiment, self.detector, self.costs, self.own_gbitops, self.state, progress)
-        self.detector.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for batch in islice(self.experiment.policy_images(), -(-MOST_IMAGES // batch_size)):
-            batch = batch.to(device)
-            found = judge.outcome(batch, self.policy(self.detector.look(batch.images).seen).argmax(-1))
-            sums += torch.stack([found.reward, found.quality, torch.ones_like(found.quality)], 1).to(sums).sum(0)
-        reward, quality, images = ranks.total(sums).tolist()
-        return {"reward/greedy": reward / images, "quality/greedy": quality / images}
+            means["policy/multiplier"] = state.multiplier.value(self.config.reward.multiplier_gain)
+            means["cost/greedy_to_target"] = means["cost/gbitops_greedy"] / target
+        return means
 
     def meet_budget(self) -> None:
-        """Shifts the logits once, if the reward has a target, so that the images the policy learns from cost that.
+        """Shifts the logits once so that the policy's training images cost the target on average, if there is one.
 
-        Dual ascent comes near it, with an error that is as large as its last swing; and the network in evaluation is
-        not quite the one in training. See `budget_offset`.
+        Dual ascent comes close to the target, but its last swing remains, and the policy in evaluation mode differs a
+        little from the policy in training mode. See `budget_offset`.
         """
         target = self.target_gbitops
         if target is None:
             return
-        logits, table, fixed = self.survey().logits, self.costs.gbitops_table(), self.costs.fixed / 1e9
-        fixed += self.own_gbitops
+        logits, table = self.survey().logits, self.costs.gbitops_table()
+        fixed = self.costs.fixed / 1e9 + self.own_gbitops
         offset = budget_offset(logits, table, fixed, target)
         before, after = (greedy_gbitops(values, table, fixed) for values in (logits, logits + offset.to(logits)))
         self.policy.add_to_logits(offset)
@@ -176,40 +148,58 @@ class PolicyTraining:
             100 * (after / target - 1),
         )
 
+    def survey(self) -> Survey:
+        """Runs the policy on its training images."""
+        experiment = self.training.experiment
+        return survey(self.policy, self.training.result, experiment.policy_images(), experiment.device)
 
-def build_judge(
-    experiment: Experiment,
-    detector: SwitchableSSD,
-    costs: CostTable,
-    own_gbitops: float,
-    state: TrainState,
-    progress: float,
-) -> Judge:
-    """What the policy is rewarded for at `progress` (0 to 1) through the search; `detector` is in eval mode."""
-    config = experiment.config
-    settings = config.reward
-    # What is scored lower does not count, and cannot suppress what is scored higher.
-    threshold = max(config.eval.score_threshold, settings.score_threshold)
-    suppression = replace(config.eval, score_threshold=threshold)
+    def diagnose(self) -> dict[str, float]:
+        """Figures of the policy at the end of an epoch; those of single positions go to TensorBoard at once."""
+        found = diagnose(self.survey(), self.costs, self.own_gbitops, self.target_gbitops)
+        found.log_collapse("the policy's training images")
+        step = self.training.state.epoch * len(self.training.loader)
+        self.training.run_dir.log_step(step, found.position_scalars())
+        scalars = {f"diagnostics/{name}": value for name, value in found.scalars().items()}
+        if self.config.search.baseline == "greedy":  # every step judges the greedy configurations
+            return scalars
+        return scalars | self.greedy_outcome()
 
     @torch.no_grad()
-    def quality(batch: Batch, choices: Tensor) -> Tensor:
-        output = detector(batch.images, choices)
-        if settings.quality == "loss":
-            return negative_loss(detector, output, batch)
-        detections = detections_of(detector, output, suppression)
-        return quality_of(detections, batch, settings.quality, settings.score_threshold)
+    def greedy_outcome(self) -> dict[str, float]:
+        """Mean reward and quality of the greedy configurations on the first training images of the policy."""
+        experiment, detector = self.training.experiment, self.training.result
+        judge = self.judge(self.progress(self.training.state.epoch - 1))
+        detector.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=experiment.device)
+        for batch in first_images(experiment.policy_images(), experiment.device):
+            observation = detector.observe(batch.images)
+            found = judge.outcome(batch, self.policy(observation.input).argmax(-1), observation.stem)
+            sums += torch.stack([found.reward, found.quality, torch.ones_like(found.quality)], 1).to(sums).sum(0)
+        reward, quality, images = distributed.total(sums).tolist()
+        return {"reward/greedy": reward / images, "quality/greedy": quality / images}
 
-    def reward(quality: Tensor, gbitops: Tensor) -> Tensor:
+    def judge(self, progress: float) -> Judge:
+        """The judge at some progress of the search, from 0 to 1; the detector must be in eval mode when it judges."""
+        experiment = self.training.experiment
+        quality = _quality(experiment, self.training.result)
+        return Judge(
+            quality,
+            gbitops=lambda choices: self.costs.gbitops(choices) + self.own_gbitops,
+            reward=lambda quality, gbitops: self._reward(quality, gbitops, progress),
+        )
+
+    def _reward(self, quality: Tensor, gbitops: Tensor, progress: float) -> Tensor:
+        """Reward [B] from quality and GBitOps, each [B]."""
+        settings = self.config.reward
+        threshold, positive, negative = settings.quality_threshold, settings.positive, settings.negative
         window = rewards.scheduled_window(
             settings.window_lower, settings.window_upper_start, settings.window_upper_end, progress
         )
-        threshold, positive, negative = settings.quality_threshold, settings.positive, settings.negative
         match settings.name:
             case "quality":
                 return quality
             case "ratio":
-                return rewards.ratio(quality, gbitops, reference=costs.highest(), exponent=settings.exponent)
+                return rewards.ratio(quality, gbitops, reference=self.costs.highest(), exponent=settings.exponent)
             case "window_gate":
                 return rewards.window_gate(
                     quality, gbitops, window=window, threshold=threshold, positive=positive, negative=negative
@@ -221,11 +211,28 @@ def build_judge(
                     quality, gbitops, window=window, threshold=threshold, positive=positive, negative=negative
                 )
             case "budget":
-                multiplier = state.multiplier.value(settings.multiplier_gain)
+                multiplier = self.training.state.multiplier.value(settings.multiplier_gain)
                 return rewards.budget(quality, gbitops, target=settings.target_gbitops, multiplier=multiplier)
         raise AssertionError(settings.name)
 
-    return Judge(quality, lambda choices: costs.gbitops(choices) + own_gbitops, reward)
+
+def _quality(experiment: Experiment, detector: SwitchableSSD) -> Quality:
+    """Runs the detector under configurations; returns the quality [B] that the reward asks for."""
+    config = experiment.config
+    settings = config.reward
+    # Detections below the threshold of the reward do not count, and cannot suppress others above it.
+    threshold = max(config.eval.score_threshold, settings.score_threshold)
+    suppression = replace(config.eval, score_threshold=threshold)
+
+    @torch.no_grad()
+    def quality(batch: Batch, choices: Tensor, stem: Affine | None) -> Tensor:
+        output = detector(batch.images, choices, stem)
+        if settings.quality == "loss":
+            return negative_loss(detector, output, batch)
+        detections = detections_of(detector, output, suppression)
+        return quality_of(detections, batch, settings.quality, settings.score_threshold)
+
+    return quality
 
 
 def _between(start: float, end: float, progress: float) -> float:

@@ -62,7 +62,7 @@ def test_cached_images_give_the_batches_of_images_read_each_time(annotations, da
     cached = DetectionDataset(
         annotations, train_transform(32, vertical_flip=True), seed=3, images=load_images(annotations, 64)
     )
-    for annotation in annotations:  # read already
+    for annotation in annotations:  # they have been read
         annotation.image_path.unlink()
     loader = make_loader(cached, 3, shuffle=True, seed=5, workers=2)
     first = [read_epoch(loader, epoch) for epoch in (0, 1)]
@@ -71,7 +71,7 @@ def test_cached_images_give_the_batches_of_images_read_each_time(annotations, da
         assert_same(batches, others)
 
 
-def test_cached_images_are_those_read_each_time_where_they_are_small_enough(annotations, dataset):
+def test_small_cached_images_equal_images_read_each_time(annotations, dataset):
     cached = DetectionDataset(
         annotations, train_transform(32, vertical_flip=True), seed=3, images=load_images(annotations, 60)
     )

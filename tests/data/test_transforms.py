@@ -42,7 +42,7 @@ def make_sample(boxes: list, labels: list | None = None, difficult: list | None 
 
 
 def make_colourful_sample(boxes: list) -> dict:
-    """Soft blots of all colours and brightnesses, with flat black, white and grey corners."""
+    """Blurred noise of all colours and brightnesses, with flat black, white and grey corners."""
     noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     pixels = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 3), None, 0, 255, cv2.NORM_MINMAX)
     pixels[:20, :20], pixels[:20, -20:], pixels[-20:, :20] = 0, 255, MEAN_PIXEL
@@ -52,7 +52,7 @@ def make_colourful_sample(boxes: list) -> dict:
 def torchvisions_train_transform(image_size: int) -> v2.Compose:
     return v2.Compose([
         v2.RandomZoomOut(fill=MEAN_PIXEL, side_range=(1.0, 2.0), p=0.5),
-        RandomIoUCrop(),  # whose draws have tests of their own
+        RandomIoUCrop(),  # compared with torchvision's in tests of its own
         v2.Resize((image_size, image_size), antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandomVerticalFlip(),
@@ -62,14 +62,14 @@ def torchvisions_train_transform(image_size: int) -> v2.Compose:
 
 
 def assert_same_but_for_rounding(image: torch.Tensor, expected: torch.Tensor) -> None:
-    """Each distortion may round to the neighbouring grey level, and the next ones may stretch that."""
+    """Each distortion may round to the neighbouring grey level, and later ones may amplify the difference."""
     differences = (image.int() - expected.int()).abs()
     assert differences.max() <= 6
     assert (differences > 2).float().mean() <= 0.01
 
 
 def visible_extent(image: torch.Tensor, inside_xy: tuple[int, int]) -> torch.Tensor:
-    """xyxy of all pixels of about the same brightness as the one at `inside_xy`."""
+    """The xyxy bounds of all pixels about as bright as the one at `inside_xy`."""
     grey = image.float().mean(0)
     ys, xs = ((grey - grey[inside_xy[1], inside_xy[0]]).abs() < 25).nonzero(as_tuple=True)
     return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
@@ -95,7 +95,7 @@ def test_transforms_return_plain_tensors():
 def test_boxes_follow_the_pixels_through_the_train_transform():
     transform = train_transform(96, vertical_flip=True)
     sample = make_sample([(24, 18, 72, 48)])
-    seen = set()
+    flips = set()
     for seed in range(60):
         torch.manual_seed(seed)
         out = transform(sample)
@@ -105,12 +105,12 @@ def test_boxes_follow_the_pixels_through_the_train_transform():
             assert (box <= 96).all()
             centre = tuple(int(v) for v in (box[:2] + box[2:]) / 2)
             torch.testing.assert_close(visible_extent(out["image"], centre), box, atol=2.5, rtol=0)
-            seen.add((box[0] > 48).item())
-            seen.add(f"lower half: {(box[1] > 48).item()}")
-    assert len(seen) == 4, "60 draws did not flip both ways"
+            flips.add((box[0] > 48).item())
+            flips.add(f"lower half: {(box[1] > 48).item()}")
+    assert len(flips) == 4, "60 draws did not flip both ways"
 
 
-def test_without_vertical_flip_what_is_above_stays_above():
+def test_without_vertical_flip_the_upper_object_stays_above_the_lower_one():
     transform = train_transform(64, vertical_flip=False)
     sample = make_sample([(40, 10, 120, 40), (40, 80, 120, 110)], labels=[1, 2])
     orders = set()
@@ -162,7 +162,7 @@ def test_labels_stay_with_their_boxes_when_objects_vanish():
     assert len(counts) > 1, "no draw dropped an object"
 
 
-def test_iou_crop_keeps_torchvisions_promises():
+def test_iou_crop_meets_the_constraints_of_torchvisions():
     torch.manual_seed(0)
     boxes = torch.tensor([[20.0, 10, 70, 60], [90, 50, 150, 110]])
     given = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(HEIGHT, WIDTH))
@@ -202,9 +202,9 @@ def test_iou_crop_has_torchvisions_distribution():
     torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]), atol=0.06, rtol=0)
 
 
-def test_train_transform_gives_what_torchvision_gives_after_the_same_draws():
+def test_train_transform_equals_torchvisions_after_the_same_draws():
     sample = make_colourful_sample([(20, 10, 70, 60), (90, 50, 150, 110), (5, 80, 30, 100)])
-    # To this size no side length between 1 and 2 * WIDTH is rounded up, so that torchvision loses no box at the edge.
+    # Scaling to 64 rounds no side between 1 and 2 * WIDTH up, so torchvision drops no box at the edge.
     image_size = 64
     ours, torchvisions = train_transform(image_size, vertical_flip=True), torchvisions_train_transform(image_size)
     for seed in range(60):
@@ -219,7 +219,7 @@ def test_train_transform_gives_what_torchvision_gives_after_the_same_draws():
         assert_same_but_for_rounding(out["image"], expected["image"])
 
 
-def test_flip_transform_gives_what_torchvision_gives_after_the_same_draws():
+def test_flip_transform_equals_torchvisions_after_the_same_draws():
     sample = make_colourful_sample([(20, 10, 70, 60), (90, 50, 150, 110)])
     resize, ours = v2.Resize((64, 64), antialias=True), flip_transform(64, vertical_flip=True)
     torchvisions = v2.Compose([resize, v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])

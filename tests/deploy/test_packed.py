@@ -1,4 +1,4 @@
-"""Deployment files: what is in them bit by bit, that networks come back exactly, and that damaged ones are refused."""
+"""Deployment files: their content bit by bit, networks that come back exactly, and damaged files that are refused."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
-from instaqnas.config import EvalConfig, parse_command
+from instaqnas.config.command import parse_command
+from instaqnas.config.settings import EvalConfig
 from instaqnas.data.voc import VOC_CLASSES
 from instaqnas.deploy.packed import Architecture, load_packed, pack_bits, save_packed, unpack_bits
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
+from instaqnas.experiment.parts import detector_bits
 from instaqnas.policy.network import PolicyNet, effort_of, policy_gbitops
+from instaqnas.quant.batch_norm import PerChoiceBatchNorm
 from instaqnas.quant.integer import to_integer
-from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate
+from instaqnas.quant.switchable import SwitchableConv2d, calibrate
 from instaqnas.tools.pack import architecture_of
-from instaqnas.training.experiment import detector_bits
 
 CLASSES = ("disc", "ring", "star")
 SIDE, WIDTH = 64, 0.125
@@ -39,7 +41,7 @@ BITS = {
     "pact": DetectorBits([(2, 2), (8, 4)], **FIXED, positions="backbone+extras", quantizer="pact"),
     "dorefa": DetectorBits([(8, 2), (4, 3)], **FIXED, positions="backbone", quantizer="dorefa", weights="separate"),
 }
-BOX_SIZES = {"pact": [(3 + 7 * k, 9 + 8 * k) for k in range(6)]}  # the others have the usual ones
+BOX_SIZES = {"pact": [(3 + 7 * k, 9 + 8 * k) for k in range(6)]}  # the others have the default sizes
 
 SETTINGS = EvalConfig(batch_size=3, score_threshold=0.2, nms_iou=0.3, candidates_per_class=7, max_detections=5)
 
@@ -62,7 +64,7 @@ def random_choices(detector: SwitchableSSD, count: int, seed: int = 0) -> Tensor
 
 
 def settle(network: nn.Module, forward: Callable[[], object]) -> None:
-    """Step sizes and running statistics as after a long training on the images of `forward`."""
+    """Sets step sizes and running statistics as a long training on the images of `forward` would."""
     for module in network.modules():
         if isinstance(module, PerChoiceBatchNorm):
             module.momentum = 1.0
@@ -187,21 +189,21 @@ def test_a_policy_on_the_stem_comes_back_and_sees_the_stem_of_its_detector(tmp_p
     torch.manual_seed(0)
     effort = effort_of(detector.choices)
     policy = PolicyNet(len(detector.positions), 3, pool=4, width=4, bits=(6, 8), stem_channels=8, effort=effort)
-    settle(policy, lambda: policy(detector.look(images).seen))
+    settle(policy, lambda: policy(detector.observe(images).input))
     plain = replace(architecture(BITS["lsq_plus"]), policy_input="stem", policy_effort=True)
     save_packed(tmp_path / "packed.pt", detector, policy, plain, CLASSES, SETTINGS)
     model = load_packed(tmp_path / "packed.pt")
     whole, whole_policy = to_integer(detector), to_integer(policy)
-    look, expected = model.detector.look(images), whole.look(images)
-    assert torch.equal(look.seen, expected.seen)
-    assert torch.equal(model.policy(look.seen), whole_policy(expected.seen))
-    found = model.detector(images, choices, look.stem)
+    observation, expected = model.detector.observe(images), whole.observe(images)
+    assert torch.equal(observation.input, expected.input)
+    assert torch.equal(model.policy(observation.input), whole_policy(expected.input))
+    found = model.detector(images, choices, observation.stem)
     assert torch.equal(found.class_logits, whole(images, choices).class_logits)
     assert model.policy_gbitops == policy_gbitops(policy, SIDE)
 
 
 @torch.no_grad()
-def test_a_file_from_before_policies_could_look_at_the_stem_is_read(packed: Path, tmp_path: Path) -> None:
+def test_a_file_that_predates_policies_on_the_stem_is_read(packed: Path, tmp_path: Path) -> None:
     state = copy.deepcopy(load_once(packed))
     del state["architecture"]["policy_input"], state["architecture"]["policy_effort"]
     save_checkpoint(tmp_path / "old.pt", state)
@@ -225,7 +227,7 @@ def test_an_architecture_comes_back_from_lists(plain: Architecture) -> None:
     assert Architecture.from_plain(listed(asdict(plain))) == plain
 
 
-# --- What the file holds ----------------------------------------------------------------------------------------------
+# --- Content of the file ----------------------------------------------------------------------------------------------
 
 
 def lowest_integer(bits: int) -> int:
@@ -233,7 +235,7 @@ def lowest_integer(bits: int) -> int:
 
 
 @pytest.mark.parametrize("name", BITS)
-def test_streams_are_the_weights_integers_at_their_own_bits_and_nothing_else(name: str, tmp_path: Path) -> None:
+def test_streams_hold_the_integer_weights_at_their_own_bits_and_nothing_else(name: str, tmp_path: Path) -> None:
     networks = load_checkpoint(save(tmp_path / "packed.pt", name))["networks"]
     assert networks.keys() == {"detector", "policy"}
     for kind, network in zip(("detector", "policy"), trained(name), strict=True):
@@ -266,7 +268,7 @@ def test_nested_weights_take_the_room_of_the_widest_choice(tmp_path: Path) -> No
     assert room("lsq_plus") == weights * (2 + 3 + 8) // 8
 
 
-# --- What is refused --------------------------------------------------------------------------------------------------
+# --- Damaged files ----------------------------------------------------------------------------------------------------
 
 STEM, POINTWISE = "backbone.stem", "backbone.blocks.3.pointwise"
 
@@ -279,7 +281,7 @@ def packed_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def packed(packed_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A whole file, read from here on without counting costs, which takes most of the time."""
+    """A valid file; loading skips the cost count, which takes most of the time."""
     monkeypatch.setattr("instaqnas.deploy.packed.detector_costs", lambda detector: None)
     monkeypatch.setattr("instaqnas.deploy.packed.policy_gbitops", lambda policy, image_size: None)
     return packed_files["lsq_plus"]
@@ -294,7 +296,7 @@ load_once = functools.cache(load_checkpoint)
 
 
 def refusal(packed: Path, path: Path, change: Callable[[State], None]) -> str:
-    """The message about a file that has been changed, without its name, which it begins with."""
+    """The error of loading a changed file, without the file's name at its start."""
     state = copy.deepcopy(load_once(packed))
     change(state)
     save_checkpoint(path, state)
@@ -358,7 +360,7 @@ def test_tables_that_are_not_finite_float32_of_the_layers_shape_are_refused(
         layer = state["networks"]["detector"][POINTWISE]
         layer[table] = SPOILS[spoil](layer[table]).clone()
 
-    expected = f"not as this program packs it ({table}: expected finite float32 {TABLES[table]})"
+    expected = f"invalid ({table}: expected finite float32 {TABLES[table]}); pack the run again"
     assert refusal(packed, tmp_path / "spoilt.pt", change) == f"detector.{POINTWISE}: {expected}"
 
 
@@ -380,7 +382,7 @@ LAYER_CHANGES = {
 @pytest.mark.parametrize("change", LAYER_CHANGES.values(), ids=LAYER_CHANGES.keys())
 def test_a_layer_that_does_not_fit_is_named(packed: Path, tmp_path: Path, change: Callable[[State], None]) -> None:
     message = refusal(packed, tmp_path / "changed.pt", lambda state: change(state["networks"]["detector"]))
-    assert message.startswith(f"detector.{POINTWISE}: not as this program packs it (")
+    assert message.startswith(f"detector.{POINTWISE}: invalid (")
 
 
 def test_a_stream_a_byte_too_long_or_too_short_is_refused(packed_nested: Path, tmp_path: Path) -> None:
@@ -423,7 +425,7 @@ def test_other_contents_are_refused_and_named(
     packed: Path, tmp_path: Path, change: Callable[[State], None], beginning: str
 ) -> None:
     message = refusal(packed, tmp_path / "changed.pt", change)
-    assert "not as this program packs it (" in message
+    assert "invalid (" in message
     assert beginning in message
 
 

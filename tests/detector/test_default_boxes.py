@@ -1,4 +1,4 @@
-"""Default boxes, matching and encoding against hand-worked figures and a naive double loop."""
+"""Default boxes, matching and encoding against hand-worked values and naive loops."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_other_image_sizes_take_20_to_110_percent_of_the_image(image_size: int, 
     torch.testing.assert_close(default_boxes(image_size, cells), expected, rtol=0, atol=1e-6)
 
 
-def test_given_sizes_replace_those_of_the_image() -> None:
+def test_given_sizes_replace_the_sizes_derived_from_the_image() -> None:
     sizes = [(10, 20), (15, 30), (30, 31), (50, 80), (70, 90), (100, 110)]
     expected = looped_boxes(112, CELLS[112], STRIDES[112], sizes)
     torch.testing.assert_close(default_boxes(112, CELLS[112], sizes), expected, rtol=0, atol=1e-6)
@@ -124,7 +124,7 @@ def naive_iou(a: list[float], b: list[float]) -> float:
 
 
 def naive_match(defaults: list, boxes: list, labels: list[int]) -> tuple[list[int], list[int]]:
-    """Labels, and the index of the object, of every default box: the rules of the SSD paper one by one."""
+    """Label and object index of every default box, by the rules of the SSD paper one by one."""
     objects = [n for n, label in enumerate(labels) if label > 0]
     matched_labels, matched_objects = [0] * len(defaults), [-1] * len(defaults)
     for p, default in enumerate(defaults):

@@ -42,7 +42,7 @@ def test_loss_equals_a_naive_loop() -> None:
 
 
 def test_one_box_by_hand_is_divided_by_one_at_least() -> None:
-    # the teacher: background 3/4, class 1/4; the student: half and half; offsets differ by 0.5 and 2
+    # Teacher: background 3/4, class 1/4. Student: 1/2 each. Offsets differ by 0.5 and 2.
     teacher = SSDOutput(torch.tensor([[[0.0, 0, 0, 0]]]), torch.tensor([[[math.log(3.0), 0.0]]]))
     student = SSDOutput(torch.tensor([[[0.5, -2.0, 0, 0]]]), torch.zeros(1, 1, 2))
     kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
@@ -55,8 +55,8 @@ def test_a_student_that_equals_its_teacher_has_no_loss() -> None:
     assert distillation_loss(shifted, teacher).item() == pytest.approx(0, abs=1e-5)
 
 
-def test_boxes_count_where_the_teacher_sees_foreground_only() -> None:
-    logits = torch.tensor([[[200.0, 0.0], [0.0, 200.0]]])  # surely background, surely an object
+def test_box_offsets_count_only_where_the_teacher_has_foreground() -> None:
+    logits = torch.tensor([[[200.0, 0.0], [0.0, 200.0]]])  # certain background, certain object
     teacher = SSDOutput(torch.zeros(1, 2, 4), logits)
     offsets = torch.full((1, 2, 4), 3.0, requires_grad=True)
     distillation_loss(SSDOutput(offsets, logits), teacher).backward()

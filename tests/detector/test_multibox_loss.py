@@ -137,7 +137,7 @@ def test_targets_of_the_background_do_not_matter_at_all() -> None:
 # --- The loss of each image -------------------------------------------------------------------------------------------
 
 
-def test_the_loss_of_an_image_is_that_of_a_naive_loop_over_it_alone() -> None:
+def test_the_loss_of_an_image_equals_a_naive_loop_over_it_alone() -> None:
     case = random_case()
     losses = image_losses(*case)
     alone = [naive_loss(*([rows] for rows in image)) for image in zip(*(t.tolist() for t in case), strict=True)]

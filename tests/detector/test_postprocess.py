@@ -55,11 +55,11 @@ def run(offsets: torch.Tensor, logits: torch.Tensor, **changed: float) -> Detect
 @pytest.mark.parametrize(
     "changed", [{}, {"candidates_per_class": 5}, {"max_detections": 7}, {"score_threshold": 0.4}, {"nms_iou": 0.2}]
 )
-def test_detections_equal_those_of_a_loop(changed: dict) -> None:
+def test_detections_equal_a_naive_loop(changed: dict) -> None:
     random = torch.Generator().manual_seed(1)
     offsets = torch.randn(3, len(DEFAULTS), 4, generator=random)
     logits = 2 * torch.randn(3, len(DEFAULTS), 4, generator=random)
-    logits[1, :, 0] += 20  # an image with nothing but background
+    logits[1, :, 0] += 20  # an image of background only
     got = run(offsets, logits, **changed)
     expected = naive(offsets, logits, {**SETTINGS, **changed})
     assert got.labels.shape[1] == max(len(found) for found in expected)
@@ -96,7 +96,7 @@ def test_huge_offsets_stay_inside_the_image() -> None:
 
 
 def certain(*labels: int, classes: int = 3) -> torch.Tensor:
-    """Logits [1, P, C] that are almost sure of `labels`, the earlier the surer."""
+    """Logits [1, P, C] with a probability of almost 1 for `labels`, descending from box to box."""
     logits = torch.zeros(1, len(labels), classes)
     for p, label in enumerate(labels):
         logits[0, p, label] = 12.0 - p
@@ -141,8 +141,8 @@ def test_at_most_the_best_are_kept_of_each_image() -> None:
 
 
 def test_suppression_does_not_depend_on_the_place_in_the_batch() -> None:
-    # Two boxes of 20 pixels whose IoU of 0.4499 lies just below the limit, of the last of 20 classes: an offset per
-    # image and class added to float32 coordinates would cost them the digits that decide.
+    # Two boxes of 20 pixels with an IoU of 0.4499, just below the limit, and of the last of 20 classes: an offset per
+    # image and class, added to float32 coordinates, would lose the digits that decide.
     shift = 20 * (1 - 0.4499) / (1 + 0.4499)
     defaults = torch.tensor([[100.0, 100, 20, 20], [100 + shift, 100, 20, 20]]) / 300
     got = run_on(defaults, certain(20, 20, classes=21).expand(32, -1, -1), 300)
@@ -150,7 +150,7 @@ def test_suppression_does_not_depend_on_the_place_in_the_batch() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_finds_what_the_cpu_finds() -> None:
+def test_cuda_agrees_with_the_cpu() -> None:
     logits = 2 * torch.randn(3, len(DEFAULTS), 4, generator=torch.Generator().manual_seed(2))
     cpu = run(torch.zeros(3, len(DEFAULTS), 4), logits)
     cuda = postprocess(torch.zeros(3, len(DEFAULTS), 4).cuda(), logits.cuda(), DEFAULTS.cuda(), 64, **SETTINGS)

@@ -1,4 +1,4 @@
-"""Weights of other projects: the same function as there, and every key accounted for."""
+"""Weights of other projects: the same outputs as in their own code, and every key accounted for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from instaqnas.errors import InputError
 from tests.plain_ssd import PytorchSSD, TimmMobileNet, backbone, trained
 
 BACKBONE_VALUES = 27 * 5  # a weight and four of BatchNorm
-HEADS_AND_EXTRAS = 2 * (8 + 12)  # weight and bias
+HEADS_AND_EXTRAS = 2 * (8 + 12)  # weights and biases
 Save = Callable[[object], Path]
 
 
@@ -47,13 +47,13 @@ def random_images(size: int) -> Tensor:
     return torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
-def as_seen(images: Tensor) -> Tensor:
-    """As both projects feed their networks: (x - 127) / 128, RGB."""
+def as_input(images: Tensor) -> Tensor:
+    """The input of both projects' networks: (x - 127) / 128, RGB."""
     return (images.float() - 127) / 128
 
 
 def last_map(network: SwitchableSSD, images: Tensor) -> Tensor:
-    return network.backbone(as_seen(images), {})[-1].value().relu()
+    return network.backbone(as_input(images), {})[-1].value().relu()
 
 
 def refusal(network: SwitchableSSD, path: Path) -> str:
@@ -75,7 +75,7 @@ def test_a_pytorch_ssd_detector_gives_the_same_outputs_here(save: Save, image_si
     ours = detector(image_size=image_size)
     load_pretrained(ours, save(plain.state_dict()))
     output = ours(images, torch.zeros(2, 13, dtype=torch.int64))
-    logits, offsets = plain(as_seen(images))
+    logits, offsets = plain(as_input(images))
     assert logits.std() > 0.1
     torch.testing.assert_close(output.class_logits, logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.box_offsets, offsets, rtol=1e-5, atol=1e-5)
@@ -98,7 +98,7 @@ class Classifier(nn.Module):
 def test_an_imagenet_backbone_gives_the_same_features_here(save: Save, build: Callable[[], nn.Module]) -> None:
     plain, images, ours = trained(build()), random_images(96), detector(image_size=96)
     load_pretrained(ours, save(plain.state_dict()))
-    features = plain(as_seen(images))
+    features = plain(as_input(images))
     assert features.std() > 0.1
     torch.testing.assert_close(last_map(ours, images), features, rtol=1e-5, atol=1e-5)
 
@@ -127,54 +127,55 @@ def accounted(report: LoadReport, state: dict[str, Tensor], network: SwitchableS
     return sorted(keys) == sorted(state) and sorted(values) == sorted(network.state_dict())
 
 
-def test_every_key_of_a_detector_is_loaded_or_counts_batches(save: Save) -> None:
+def test_every_key_of_a_detector_is_loaded_or_a_batch_counter(save: Save) -> None:
     state, ours = small_state(), small()
     report = load_pretrained(ours, save(state))
     assert accounted(report, state, ours)
     assert len(report.loaded) == BACKBONE_VALUES + HEADS_AND_EXTRAS
     assert all(key.endswith("num_batches_tracked") for key in report.skipped)
     assert str(report) == (
-        "MobileNetV1-SSD of pytorch-ssd: 175 keys loaded; 27 skipped: 27 count batches "
+        "MobileNetV1-SSD of pytorch-ssd: 175 keys loaded; 27 skipped: 27 batch counters "
         "(base_net.0.1.num_batches_tracked, base_net.1.1.num_batches_tracked, base_net.1.4.num_batches_tracked, "
-        "base_net.2.1.num_batches_tracked, base_net.2.4.num_batches_tracked, ...); 0 values left as they were"
+        "base_net.2.1.num_batches_tracked, base_net.2.4.num_batches_tracked, ...); 0 values left unchanged"
     )
 
 
 @pytest.mark.parametrize("build", [backbone, Classifier, TimmMobileNet])
-def test_a_backbone_leaves_extras_and_heads_as_they_were(save: Save, build: Callable[[], nn.Module]) -> None:
+def test_a_backbone_leaves_extras_and_heads_unchanged(save: Save, build: Callable[[], nn.Module]) -> None:
     state, ours = build().state_dict(), detector()
     before = {name: value.clone() for name, value in ours.state_dict().items()}
     report = load_pretrained(ours, save(state))
     assert accounted(report, state, ours)
     assert len(report.loaded) == BACKBONE_VALUES
     assert all(torch.equal(before[name], ours.state_dict()[name]) for name in report.missing)
-    assert str(report).endswith("; 40 values left as they were: 16 of extras, 12 of box_heads, 12 of class_heads")
-    assert ("2 classify ImageNet" in str(report)) == (build is not backbone)
+    assert str(report).endswith("; 40 values left unchanged: 16 of extras, 12 of box_heads, 12 of class_heads")
+    assert ("2 of the ImageNet classifier" in str(report)) == (build is not backbone)
 
 
 def test_a_key_that_is_unknown_is_named(save: Save) -> None:
     report = load_pretrained(small(), save({**small_state(), "source_layer_add_ons.0.weight": torch.zeros(1)}))
-    assert report.skipped["source_layer_add_ons.0.weight"] == "are unknown here"
-    assert "1 are unknown here (source_layer_add_ons.0.weight)" in str(report)
+    assert report.skipped["source_layer_add_ons.0.weight"] == "unknown"
+    assert "1 unknown (source_layer_add_ons.0.weight)" in str(report)
 
 
-# --- What is refused --------------------------------------------------------------------------------------------------
+# --- Refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_another_shape_is_an_error_that_names_the_key_and_both_shapes(save: Save) -> None:
     other_classes = detector(4, image_size=64, width=0.25)
-    message = "classification_headers.0.weight: shape [18, 128, 3, 3], needed here: [24, 128, 3, 3]"
+    message = "classification_headers.0.weight: shape [18, 128, 3, 3], but the network needs [24, 128, 3, 3]"
     assert refusal(other_classes, save(small_state())) == message
     wider = detector(3, image_size=64, width=0.5)
-    assert refusal(wider, save(small_state())) == "base_net.0.0.weight: shape [8, 3, 3, 3], needed here: [16, 3, 3, 3]"
-    state = {**small_state(), "base_net.7.4.running_var": torch.ones(1)}  # would spread over all channels
-    assert refusal(small(), save(state)) == "base_net.7.4.running_var: shape [1], needed here: [128]"
+    message = "base_net.0.0.weight: shape [8, 3, 3, 3], but the network needs [16, 3, 3, 3]"
+    assert refusal(wider, save(small_state())) == message
+    state = {**small_state(), "base_net.7.4.running_var": torch.ones(1)}  # would broadcast to all channels
+    assert refusal(small(), save(state)) == "base_net.7.4.running_var: shape [1], but the network needs [128]"
 
 
 def test_a_missing_key_is_an_error(save: Save) -> None:
     state = small_state()
     del state["extras.3.2.bias"]
-    message = "extras.3.2.bias is missing, so this is not a whole MobileNetV1-SSD of pytorch-ssd"
+    message = "extras.3.2.bias: missing, so the file is not a complete MobileNetV1-SSD of pytorch-ssd"
     assert refusal(small(), save(state)) == message
 
 
@@ -187,10 +188,10 @@ def test_biases_do_not_fit_where_this_network_has_batch_norm(save: Save) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"stage": "search"}, "a checkpoint of this program; --init takes those"),
+        ({"stage": "search"}, "a checkpoint of this program; search.py and finetune.py take it with --init"),
         ({"features.0.weight": torch.zeros(1)}, "weights in no known format (first keys: features.0.weight); known: "),
-        ({"conv_stem.weight": 3}, "not a state dict, which has a tensor for every key"),
-        ([torch.zeros(1)], "not a state dict, which has a tensor for every key"),
+        ({"conv_stem.weight": 3}, "not a state dict with a tensor for every key"),
+        ([torch.zeros(1)], "not a state dict with a tensor for every key"),
         ({}, "weights in no known format (first keys: none); known: "),
     ],
 )
@@ -222,5 +223,5 @@ def test_files_that_are_absent_or_damaged_are_errors(save: Save, tmp_path: Path)
 
 
 def weight_bytes(path: Path) -> bytes:
-    """The values of a weight in the file, as they lie there."""
+    """The bytes of a weight in the file."""
     return torch.load(path, weights_only=True)["base_net.5.3.weight"].numpy().tobytes()

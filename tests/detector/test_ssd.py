@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import tv_tensors
 from torchvision.ops import box_convert, box_iou
 
+from instaqnas.data.transforms import drop_difficult
 from instaqnas.detector.default_boxes import decode
 from instaqnas.detector.mobilenet import scaled_channels
 from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD, copy_weights
-from instaqnas.quant.switchable import PerChoiceBatchNorm, SwitchableConv2d, calibrate, reestimate_batch_norm
+from instaqnas.quant.batch_norm import PerChoiceBatchNorm, reestimate_batch_norm
+from instaqnas.quant.switchable import SwitchableConv2d, calibrate
 
 CHOICES = [(2, 2), (3, 4), (4, 4)]
 SWITCHABLE = DetectorBits(CHOICES, stem=(8, 8), depthwise=(8, 8), extras=(4, 4), heads=(8, 8))
@@ -61,13 +64,13 @@ def test_maps_agree_with_the_default_boxes_at_all_sizes_and_widths(
 ) -> None:
     with torch.device("meta"):  # shapes alone
         detector = SwitchableSSD(21, DetectorBits.full_precision(), image_size=image_size, width=width)
-        seen = []
+        shapes = []
         for head in detector.box_heads:
-            head.register_forward_hook(lambda _layer, _args, y: seen.append(y.shape[2:]))
+            head.register_forward_hook(lambda _layer, _args, y: shapes.append(y.shape[2:]))
         images, choices = torch.zeros(2, 3, image_size, image_size), torch.zeros(2, 13, dtype=torch.int64)
         output = detector(images, choices)
     boxes = 6 * sum(cells**2 for cells in maps)
-    assert [tuple(shape) for shape in seen] == [(cells, cells) for cells in maps]
+    assert [tuple(shape) for shape in shapes] == [(cells, cells) for cells in maps]
     assert detector.default_boxes_cxcywh.shape == (boxes, 4)
     assert output.box_offsets.shape == (2, boxes, 4)
     assert output.class_logits.shape == (2, boxes, 21)
@@ -280,7 +283,7 @@ def test_a_few_steps_on_one_image_lower_the_loss(bits: DetectorBits) -> None:
 
 
 @pytest.mark.slow
-def test_a_trained_full_precision_detector_finds_the_object_it_has_seen() -> None:
+def test_a_trained_full_precision_detector_finds_the_object_of_its_training_image() -> None:
     detector = small(DetectorBits.full_precision(), extras_batch_norm=True)
     image = torch.full((1, 3, 64, 64), 120, dtype=torch.uint8)
     image[0, 0, 6:34, 4:30] = 255
@@ -300,12 +303,12 @@ def test_a_trained_full_precision_detector_finds_the_object_it_has_seen() -> Non
     assert box_iou(found[None], OBJECTS[0, :1]).item() > 0.8
 
 
-def test_losses_of_images_are_those_of_each_alone(calibrated: SwitchableSSD) -> None:
+def test_the_loss_of_an_image_does_not_depend_on_its_batch(calibrated: SwitchableSSD) -> None:
     boxes = torch.cat([OBJECTS, OBJECTS.flip(1), torch.zeros(1, 3, 4)])
     labels = torch.tensor([[1, 3, 0], [0, 2, 0], [0, 0, 0]])
     with torch.no_grad():
         output = calibrated(random_images(3, seed=4), random_choices(3, seed=4))
-        losses = calibrated.image_losses(output, boxes, labels)
+        losses = calibrated.image_losses(output, boxes, labels, torch.zeros_like(labels, dtype=torch.bool))
         for image in range(3):
             one = slice(image, image + 1)
             alone = SSDOutput(output.box_offsets[one], output.class_logits[one])
@@ -316,7 +319,29 @@ def test_losses_of_images_are_those_of_each_alone(calibrated: SwitchableSSD) -> 
     assert losses[2] == 0
 
 
-# --- The stem as something to look at ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("difficult", [(False, True), (True, False), (True, True), (False, False)])
+def test_the_loss_of_an_image_drops_difficult_objects_as_training_does(
+    calibrated: SwitchableSSD, difficult: tuple[bool, bool]
+) -> None:
+    boxes, labels, flags = OBJECTS[:, :2], LABELS[:, :2], torch.tensor([difficult])
+    sample = {
+        "boxes": tv_tensors.BoundingBoxes(boxes[0], format="XYXY", canvas_size=(64, 64)),
+        "labels": labels[0],
+        "difficult": flags[0],
+    }
+    trained = drop_difficult(sample)
+    with torch.no_grad():
+        output = calibrated(random_images(1, seed=4), random_choices(1, seed=4))
+        loss = calibrated.image_losses(output, boxes, labels, flags)
+        kept = trained["boxes"].as_subclass(Tensor)[None], trained["labels"][None], trained["difficult"][None]
+        expected = calibrated.image_losses(output, *kept)
+        both = calibrated.image_losses(output, boxes, labels, torch.zeros_like(flags))
+    assert torch.equal(loss, expected)
+    assert torch.equal(loss, both) == (not any(difficult))
+    assert (loss == 0) == all(difficult)
+
+
+# --- The frozen stem --------------------------------------------------------------------------------------------------
 
 
 class Calls:
@@ -330,31 +355,31 @@ class Calls:
         self.count += 1
 
 
-def test_a_stem_that_is_trained_is_not_shown(calibrated: SwitchableSSD) -> None:
+def test_the_policy_takes_the_image_unless_the_stem_is_frozen(calibrated: SwitchableSSD) -> None:
     images = random_images(2)
-    look = calibrated.look(images)
-    assert look.seen is images
-    assert look.stem is None
+    observation = calibrated.observe(images)
+    assert observation.input is images
+    assert observation.stem is None
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_detector_goes_on_from_the_stem_that_was_looked_at(calibrated: SwitchableSSD, training: bool) -> None:
+def test_the_detector_continues_from_the_output_of_the_frozen_stem(calibrated: SwitchableSSD, training: bool) -> None:
     calibrated.freeze_stem()
     calibrated.train(training)
     images, choices = random_images(5, seed=2), random_choices(5, seed=2)
     calls = Calls(calibrated.backbone.stem)
     whole = calibrated(images, choices)
     assert calls.count == 1
-    look = calibrated.look(images)
-    output = calibrated(images, choices, look.stem)
+    observation = calibrated.observe(images)
+    output = calibrated(images, choices, observation.stem)
     assert calls.count == 2
     assert torch.equal(output.class_logits, whole.class_logits)
     assert torch.equal(output.box_offsets, whole.box_offsets)
-    assert look.seen.shape == (5, 8, 32, 32)
-    assert not look.seen.requires_grad
+    assert observation.input.shape == (5, 8, 32, 32)
+    assert not observation.input.requires_grad
 
 
-def test_what_is_seen_are_the_features_behind_their_relu(calibrated: SwitchableSSD) -> None:
+def test_the_policy_takes_the_features_after_their_relu(calibrated: SwitchableSSD) -> None:
     images, stem = random_images(3, seed=3), calibrated.backbone.stem
     with torch.no_grad():
         weight, weight_step = stem.weight_quantizer(stem.weight)
@@ -363,9 +388,9 @@ def test_what_is_seen_are_the_features_behind_their_relu(calibrated: SwitchableS
         norm = stem.norm
         y = F.batch_norm(y, norm.running_mean[0], norm.running_var[0], norm.weight[0], norm.bias[0])
     calibrated.freeze_stem()
-    seen = calibrated.look(images).seen
-    torch.testing.assert_close(seen, y.relu(), rtol=1e-4, atol=1e-5)
-    assert (seen == 0).any()
+    observed = calibrated.observe(images).input
+    torch.testing.assert_close(observed, y.relu(), rtol=1e-4, atol=1e-5)
+    assert (observed == 0).any()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -376,7 +401,7 @@ def test_training_changes_a_stem_unless_it_is_frozen(calibrated: SwitchableSSD, 
     before = {name: value.clone() for name, value in calibrated.state_dict().items()}
     descent = torch.optim.SGD([p for p in calibrated.parameters() if p.requires_grad], lr=0.1)
     images, choices = random_images(3, seed=5), random_choices(3, seed=5)
-    output = calibrated(images, choices, calibrated.look(images).stem)
+    output = calibrated(images, choices, calibrated.observe(images).stem)
     sum(calibrated.loss(output, OBJECTS.expand(3, -1, -1), LABELS.expand(3, -1)).values()).backward()
     descent.step()
     reestimate_batch_norm(calibrated, lambda: calibrated(images, choices))
@@ -386,8 +411,8 @@ def test_training_changes_a_stem_unless_it_is_frozen(calibrated: SwitchableSSD, 
     assert stem == set() if frozen else {"backbone.stem.weight", "backbone.stem.norm.running_mean"} <= stem
 
 
-def test_a_stem_whose_bits_are_chosen_cannot_be_looked_at_before() -> None:
-    with pytest.raises(ValueError, match="no bits before they are chosen"):
+def test_a_stem_whose_bits_the_policy_chooses_cannot_be_frozen() -> None:
+    with pytest.raises(ValueError, match="cannot freeze the stem"):
         small(replace(SWITCHABLE, positions="backbone")).freeze_stem()
 
 

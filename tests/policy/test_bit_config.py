@@ -46,7 +46,7 @@ def keys(count: int, epoch: int = 0) -> list[SampleKey]:
 
 
 class Table(nn.Module):
-    """A policy whose logits do not look at the image."""
+    """A policy whose logits do not depend on the image."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def test_the_choice_is_where_the_number_falls_among_the_cumulative_probabilities
 
 @pytest.mark.parametrize("probabilities", [[0.0, 0.3, 0.7], [0.3, 0.0, 0.7], [0.3, 0.7, 0.0], [0.3, 0.6999, 0.0]])
 @pytest.mark.parametrize("number", [0.0, 0.3, 0.99999, 1 - 2**-52])
-def test_what_has_probability_zero_is_never_drawn(probabilities: list[float], number: float) -> None:
+def test_a_choice_of_probability_zero_is_never_drawn(probabilities: list[float], number: float) -> None:
     drawn = sample(torch.tensor([[probabilities]]), torch.tensor([[number]], dtype=torch.float64)).item()
     assert probabilities[drawn] > 0
 
@@ -207,7 +207,7 @@ def test_configurations_differ_between_images_epochs_and_purposes() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 32])
-def test_sandwich_gives_in_turn_the_cheapest_choice_the_dearest_and_random_ones(count: int) -> None:
+def test_sandwich_gives_in_turn_the_cheapest_the_most_expensive_and_random_choices(count: int) -> None:
     choices = [(4, 4), (2, 7), (8, 3), (3, 4)]  # 16, 14, 24, 12
     drawn = sandwich(choices, draw(13))(images(count), keys(count)).tolist()
     assert len(drawn) == count

@@ -1,4 +1,4 @@
-"""The price of GBitOps and the last step to a target, at values worked out by hand and by brute force."""
+"""The price of GBitOps and the offset that meets a target, against hand-worked values and brute force."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def test_the_multiplier_is_never_below_0() -> None:
 
 
 @pytest.mark.parametrize("gain", [0.0, 1.0])
-def test_it_finds_the_price_at_which_the_mean_cost_is_the_target(gain: float) -> None:
+def test_the_multiplier_finds_the_price_at_which_the_mean_cost_is_the_target(gain: float) -> None:
     # 100 images: cost 1 at quality 0, or cost 2 at quality 0.005, 0.015 ... 0.995. At a mean cost of 1.3 the best 30
     # take cost 2: those worth more than 0.7 = multiplier / 1.3, so that the multiplier is 0.91.
     quality = (torch.arange(100).double() + 0.5) / 100
-    cheap, dear = torch.ones(100).double(), torch.full((100,), 2.0).double()
+    cheap, expensive = torch.ones(100).double(), torch.full((100,), 2.0).double()
     multiplier, costs, values = Multiplier(), [], []
     for _ in range(400):
         settings = {"target": 1.3, "multiplier": multiplier.value(gain)}
-        take = budget(quality, dear, **settings) > budget(torch.zeros_like(quality), cheap, **settings)
-        costs.append(torch.where(take, dear, cheap).mean().item())
+        take = budget(quality, expensive, **settings) > budget(torch.zeros_like(quality), cheap, **settings)
+        costs.append(torch.where(take, expensive, cheap).mean().item())
         multiplier = multiplier.updated(costs[-1], 1.3, lr=0.1)
         values.append(multiplier.value(gain))
     assert costs[0] == 2  # a free budget is spent
@@ -57,7 +57,7 @@ def test_it_finds_the_price_at_which_the_mean_cost_is_the_target(gain: float) ->
 
 
 def swings(gain: float) -> list[float]:
-    """Cost of a policy that answers late: its cost moves by a tenth of how far the price is off."""
+    """Costs of a policy that reacts slowly: each step moves the cost by 0.01 times the error of the price."""
     cost, multiplier, costs = 1.1, Multiplier(), []
     for _ in range(300):
         multiplier = multiplier.updated(cost, target=1.0, lr=1.0)
@@ -79,7 +79,7 @@ def test_a_budget_that_does_not_bind_is_left_alone() -> None:
     assert multiplier.value(gain=20.0) == 0
 
 
-# --- The last step ----------------------------------------------------------------------------------------------------
+# --- The offset -------------------------------------------------------------------------------------------------------
 
 
 def random_logits(images: int, positions: int, choices: int, seed: int = 0) -> Tensor:
@@ -102,7 +102,7 @@ def test_an_offset_is_one_price_times_the_costs() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.5, 0.77, 1.0])
-def test_the_target_is_met_from_the_cheapest_to_the_dearest(share: float) -> None:
+def test_the_target_is_met_from_the_cheapest_to_the_most_expensive(share: float) -> None:
     lowest, highest = 2 + 0.04 + 0.4 + 0.04, 2 + 0.16 + 1.6 + 0.16
     target = lowest + share * (highest - lowest)
     logits = random_logits(1000, 3, 3)
@@ -117,7 +117,7 @@ def test_nothing_is_shifted_where_the_target_is_met_already() -> None:
     assert not changed.any()
 
 
-def test_the_configurations_are_the_likeliest_of_all_at_their_cost() -> None:
+def test_the_configurations_are_the_most_likely_ones_at_their_cost() -> None:
     """Brute force over all configurations of three images."""
     logits = random_logits(3, 2, 3, seed=1).double()
     costs, options = COSTS[:2], list(itertools.product(range(3), repeat=6))
@@ -130,8 +130,8 @@ def test_the_configurations_are_the_likeliest_of_all_at_their_cost() -> None:
         own = (everything == chosen).all(-1).all(-1)
         assert own.sum() == 1
         saves = cost[own] <= greedy_gbitops(logits, costs, 0.0)  # than without a price, or else spends more
-        rivals = likelihood[cost <= cost[own] + 1e-12 if saves else cost >= cost[own] - 1e-12]
-        assert likelihood[own].item() == pytest.approx(rivals.max().item())
+        alternatives = likelihood[cost <= cost[own] + 1e-12 if saves else cost >= cost[own] - 1e-12]
+        assert likelihood[own].item() == pytest.approx(alternatives.max().item())
 
 
 def test_images_with_equal_logits_end_as_near_as_a_step_allows() -> None:

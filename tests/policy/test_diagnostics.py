@@ -37,7 +37,7 @@ def random_probabilities(images: int, positions: int, choices: int, seed: int = 
 
 # --- Entropy and mutual information -----------------------------------------------------------------------------------
 
-# Two images. Position 0: sure of the same; 1: sure of different ones; 2: as unsure as can be of both.
+# Two images. Position 0: certain of the same choice; 1: certain of different choices; 2: uniform for both.
 CERTAIN = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]]).double()
 
 
@@ -45,7 +45,7 @@ def test_entropy_per_position_by_hand() -> None:
     torch.testing.assert_close(position_entropy(CERTAIN), doubles(0, 0, math.log(2)))
 
 
-def test_mutual_information_tells_looking_from_being_unsure() -> None:
+def test_mutual_information_differs_from_entropy_where_the_image_does_not_matter() -> None:
     torch.testing.assert_close(mutual_information(CERTAIN), doubles(0, math.log(2), 0))
 
 
@@ -56,7 +56,7 @@ def test_mutual_information_by_hand() -> None:
     assert mutual_information(probabilities).item() == pytest.approx(expected)
 
 
-def test_entropy_and_mutual_information_are_those_of_naive_loops() -> None:
+def test_entropy_and_mutual_information_equal_naive_loops() -> None:
     probabilities = random_probabilities(7, 4, 3)
     table = probabilities.tolist()
     for position in range(4):
@@ -93,7 +93,7 @@ def test_the_modal_configuration_is_a_whole_configuration_and_the_first_of_equal
     assert modal_configuration(spread).tolist() == [2, 2, 2]
 
 
-def test_frequencies_are_those_of_a_counter() -> None:
+def test_frequencies_equal_a_counter() -> None:
     frequencies = choice_frequencies(CHOICES, 4)
     assert frequencies.shape == (3, 4)
     for position in range(3):
@@ -130,7 +130,7 @@ def test_rank_correlation_leaves_pairs_without_a_value_out() -> None:
 
 
 @pytest.mark.parametrize(("x", "y"), [((1, 1, 1), (1, 2, 3)), ((1,), (1,)), ((math.nan, 2), (1, 2))])
-def test_rank_correlation_of_what_has_no_order_is_not_a_number(x: tuple[float, ...], y: tuple[float, ...]) -> None:
+def test_rank_correlation_of_equal_values_is_not_a_number(x: tuple[float, ...], y: tuple[float, ...]) -> None:
     assert math.isnan(rank_correlation(doubles(*x), doubles(*y)))
 
 
@@ -152,12 +152,12 @@ def random_pairs() -> list[tuple[list[float], list[float]]]:
     ]
 
 
-def test_rank_correlation_with_and_without_ties_is_that_of_a_naive_loop() -> None:
+def test_rank_correlation_with_and_without_ties_equals_a_naive_loop() -> None:
     for x, y in random_pairs():
         assert rank_correlation(doubles(*x), doubles(*y)) == pytest.approx(naive_rank_correlation(x, y))
 
 
-def test_rank_correlation_is_that_of_scipy() -> None:
+def test_rank_correlation_equals_scipy() -> None:
     stats = pytest.importorskip("scipy.stats")
     for x, y in random_pairs():
         assert rank_correlation(doubles(*x), doubles(*y)) == pytest.approx(stats.spearmanr(x, y).statistic)

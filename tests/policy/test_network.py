@@ -1,4 +1,4 @@
-"""The policy network: what it takes, what it returns, what its images share."""
+"""The policy network: inputs, outputs and cost, and that images do not influence each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from instaqnas.policy.network import PolicyNet, effort_of, policy_gbitops, policy_layers, start_logits
+from instaqnas.policy.network import PolicyNet, effort_of, policy_gbitops, policy_layers
 from instaqnas.quant.switchable import SwitchableConv2d, calibrate
 
 
@@ -50,12 +50,12 @@ def test_uint8_and_float_images_agree() -> None:
 
 def test_grey_of_127_is_the_zero_of_the_network() -> None:
     policy = build(bits=(32, 32)).eval()
-    seen = []
-    policy.stem.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
+    inputs = []
+    policy.stem.register_forward_pre_hook(lambda _layer, args: inputs.append(args[0]))
     policy(torch.full((1, 3, 64, 64), 127, dtype=torch.uint8))
     policy(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))
-    assert torch.equal(seen[0], torch.zeros(1, 3, 32, 32))
-    assert torch.equal(seen[1], torch.ones(1, 3, 32, 32))
+    assert torch.equal(inputs[0], torch.zeros(1, 3, 32, 32))
+    assert torch.equal(inputs[1], torch.ones(1, 3, 32, 32))
 
 
 def test_every_pooled_pixel_reaches_the_logits() -> None:
@@ -95,10 +95,10 @@ def test_more_pooling_costs_less_and_needs_no_other_parameters() -> None:
     assert [p.shape for p in coarse.parameters()] == [p.shape for p in fine.parameters()]
 
 
-# --- Effort and beginnings --------------------------------------------------------------------------------------------
+# --- Effort -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_unit_of_effort_raises_what_costs_more() -> None:
+def test_a_unit_of_effort_raises_the_logits_of_expensive_choices() -> None:
     # log2 of 4, 16 and 64 is 2, 4 and 6: mean 4, standard deviation sqrt(8 / 3)
     step = 2 / (8 / 3) ** 0.5
     assert effort_of([(2, 2), (8, 8), (4, 4)]) == pytest.approx([-step, step, 0], abs=1e-12)
@@ -129,12 +129,6 @@ def test_effort_moves_all_positions_of_an_image_alike() -> None:
     )
     torch.testing.assert_close(plain.eval()(images), policy(images))
     assert policy_gbitops(policy, 64) - policy_gbitops(plain, 64) == pytest.approx(32 * 64 / 1e9, rel=1e-9)
-
-
-def test_beginning_from_a_configuration_gives_its_choices_seven_tenths() -> None:
-    probabilities = start_logits([2, 0], 3).softmax(-1)
-    torch.testing.assert_close(probabilities, torch.tensor([[0.15, 0.15, 0.7], [0.7, 0.15, 0.15]]))
-    assert start_logits([0, 0], 1).softmax(-1).tolist() == [[1], [1]]
 
 
 # --- On the features of the stem --------------------------------------------------------------------------------------

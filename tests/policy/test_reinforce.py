@@ -1,4 +1,4 @@
-"""REINFORCE: the gradient in closed form, and bandits that only a right gradient solves."""
+"""REINFORCE: gradients in closed form, and bandits that only a correct gradient solves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_normalized_advantages_keep_sign_and_ratio_and_have_a_root_mean_square_o
     assert normalized(vector(1e-3)).tolist() == pytest.approx([1])
 
 
-# --- Several samples an image -----------------------------------------------------------------------------------------
+# --- Several samples per image----------------------------------------------------------------------------------------
 
 
 def test_leave_one_out_by_hand() -> None:
@@ -51,6 +51,37 @@ def test_leaving_one_of_two_out_compares_them_with_each_other() -> None:
     assert leave_one_out(torch.tensor([[3.0], [1.0]])).tolist() == [[2.0], [-2.0]]
 
 
+@pytest.mark.parametrize("samples", [2, 3, 5, 6, 7, 8])
+def test_equal_rewards_of_an_image_have_advantages_of_exactly_zero(samples: int) -> None:
+    rewards = torch.rand(1000, generator=torch.Generator().manual_seed(0)).sub(0.5).expand(samples, -1)
+    if samples in (3, 5, 6, 7):
+        assert (rewards - rewards.mean(0)).any(), "the mean of equal rewards is exact, so this tests nothing"
+    assert not leave_one_out(rewards).any()
+    assert not normalized(leave_one_out(rewards)).any()
+
+
+@pytest.mark.parametrize("reward", [0.7, -3.1, 1e-3, 900.0])
+def test_rewards_that_differ_by_rounding_have_advantages_of_exactly_zero(reward: float) -> None:
+    rewards = torch.full((3, 2), reward)
+    rewards[1, 0] = torch.nextafter(rewards[1, 0], torch.tensor(torch.inf))
+    assert rewards[1, 0] != rewards[0, 0]
+    assert not normalized(leave_one_out(rewards)).any()
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4, 5, 6, 7])
+def test_ordinary_rewards_have_the_advantages_of_the_plain_formula_in_every_bit(samples: int) -> None:
+    rewards = torch.rand(samples, 1000, generator=torch.Generator().manual_seed(1))
+    rewards[0, 500:] = rewards[1:, 500:].mean(0)  # the advantage of one sample may be tiny, if the others are not equal
+    plain = (rewards - rewards.mean(0)) * samples / (samples - 1)
+    different = slice(0, 500) if samples == 2 else slice(0, 1000)
+    assert torch.equal(leave_one_out(rewards)[:, different], plain[:, different])
+
+
+def test_a_reward_that_is_not_a_number_stays_one() -> None:
+    rewards = torch.tensor([[1.0, 2.0], [math.nan, 2.0], [1.0, 2.0]])
+    assert leave_one_out(rewards).isnan().tolist() == [[True, False]] * 3
+
+
 def test_loss_of_several_samples_is_the_mean_over_all_of_them() -> None:
     log_prob, advantage = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
     loss = policy_gradient_loss(log_prob, advantage, vector(0.7, 0.9), 0.1)
@@ -58,7 +89,7 @@ def test_loss_of_several_samples_is_the_mean_over_all_of_them() -> None:
 
 
 @pytest.mark.parametrize("samples", [2, 4])
-def test_the_expected_gradient_under_leave_one_out_is_that_of_the_expected_reward(samples: int) -> None:
+def test_the_expected_gradient_under_leave_one_out_is_the_gradient_of_the_expected_reward(samples: int) -> None:
     """Over all draws of several actions, each by its probability."""
     logits = vector(0.2, -0.5, 1.0).requires_grad_()
     reward = vector(1.0, 3.0, -2.0)
@@ -95,7 +126,7 @@ def test_gradient_is_the_analytic_one_of_a_categorical(beta: float) -> None:
             assert logits.grad[image, position].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_the_expected_gradient_is_that_of_the_expected_reward() -> None:
+def test_the_expected_gradient_is_the_gradient_of_the_expected_reward() -> None:
     """Summed over all actions by their probability, with any baseline."""
     logits = vector(0.2, -0.5, 1.0).requires_grad_()
     reward = vector(1.0, 3.0, -2.0)
@@ -158,8 +189,8 @@ def test_reinforce_with_dual_ascent_settles_at_the_target_cost_and_spends_it_whe
         behaviour = mix_uniform(logits, 0.1)
         choices = sample(behaviour, torch.rand(behaviour.shape[:2], generator=g, dtype=torch.float64))
 
-        def reward_of(dear: Tensor, context: Tensor = context, price: float = multiplier.value(1.0)) -> Tensor:
-            return budget(gain[context] * dear, 1.0 + dear, target=target, multiplier=price)
+        def reward_of(choice: Tensor, context: Tensor = context, price: float = multiplier.value(1.0)) -> Tensor:
+            return budget(gain[context] * choice, 1.0 + choice, target=target, multiplier=price)
 
         greedy = logits.argmax(-1)
         advantage = reward_of(choices[:, 0]) - reward_of(greedy[:, 0])
@@ -170,6 +201,6 @@ def test_reinforce_with_dual_ascent_settles_at_the_target_cost_and_spends_it_whe
         costs.append(1 + greedy.double().mean().item())
         multiplier = multiplier.updated(costs[-1], target, lr=0.02)
     assert sum(costs[-200:]) / 200 == pytest.approx(target, abs=0.1)
-    dear = table.argmax(-1)[:, 0]
-    assert dear[-3:].all()
-    assert not dear[:10].any()
+    greedy = table.argmax(-1)[:, 0]
+    assert greedy[-3:].all()
+    assert not greedy[:10].any()

@@ -1,4 +1,4 @@
-"""Rewards at points that were worked out by hand."""
+"""Rewards at hand-worked points."""
 
 from __future__ import annotations
 

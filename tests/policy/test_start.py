@@ -1,4 +1,4 @@
-"""The first logits of a policy: the best choices at one price, for images of different hardness."""
+"""Initial logits of a policy: from a configuration, and from the best choices at one price."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from instaqnas.policy.budget import TOLERANCE
 from instaqnas.policy.network import PolicyNet
-from instaqnas.policy.start import PROBABILITY, start_at_price
+from instaqnas.policy.start import MEAN_TOP_PROBABILITY, start_at_price, start_logits
 
 COSTS = torch.tensor([[0.1, 0.2, 0.5], [1.0, 2.0, 5.0], [0.2, 0.1, 0.4], [0.3, 0.6, 1.5]]).double()
 LOSSES = torch.tensor([[9.0, 8.0, 7.5], [9.0, 6.0, 3.0], [8.0, 9.0, 7.0], [7.0, 7.0, 6.0]])
@@ -18,7 +18,7 @@ NONE = torch.zeros(4, dtype=torch.bool)
 
 
 def choices_at(price: float) -> Tensor:
-    """[N, L], by trying all K."""
+    """The best choices [N, L], by trying all K."""
     rows = []
     for effort in EFFORTS.tolist():
         total = (1 + effort) * LOSSES.double() + price * COSTS
@@ -30,8 +30,14 @@ def mean_gbitops(choices: Tensor) -> float:
     return FIXED + COSTS[torch.arange(4), choices].sum(1).mean().item()
 
 
+def test_logits_from_a_configuration_give_its_choices_a_probability_of_seven_tenths() -> None:
+    probabilities = start_logits([2, 0], 3).softmax(-1)
+    torch.testing.assert_close(probabilities, torch.tensor([[0.15, 0.15, 0.7], [0.7, 0.15, 0.15]]))
+    assert start_logits([0, 0], 1).softmax(-1).tolist() == [[1], [1]]
+
+
 @pytest.mark.parametrize("target", [5.0, 6.0, 8.0])
-def test_the_likeliest_choices_are_the_best_at_one_price_and_cost_the_target(target: float) -> None:
+def test_the_most_likely_choices_are_the_best_at_one_price_and_cost_the_target(target: float) -> None:
     logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, target, EFFORTS, NONE)
     likeliest = (logits + EFFORTS.double()[:, None, None] * of_effort).argmax(-1)
     assert price > 0
@@ -54,17 +60,17 @@ def test_at_some_positions_all_images_get_the_choice_of_effort_0() -> None:
     assert len(likeliest.unique(dim=0)) > 1
 
 
-def test_where_nothing_is_to_be_saved_the_price_is_0() -> None:
-    dearest = mean_gbitops(torch.full((201, 4), 2))
-    logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, dearest + 1, EFFORTS[1:], NONE)
+def test_the_price_is_0_if_the_target_exceeds_all_costs() -> None:
+    highest = mean_gbitops(torch.full((201, 4), 2))
+    logits, of_effort, price = start_at_price(LOSSES, COSTS, FIXED, highest + 1, EFFORTS[1:], NONE)
     assert price == 0
     assert ((logits + of_effort).argmax(-1) == LOSSES.argmin(-1)).all()
 
 
-def test_the_likeliest_choices_have_the_probability_on_average() -> None:
+def test_the_most_likely_choices_have_the_stated_mean_probability() -> None:
     logits, of_effort, _ = start_at_price(LOSSES, COSTS, FIXED, 6.0, EFFORTS, NONE)
     probabilities = (logits + EFFORTS.double()[:, None, None] * of_effort).softmax(-1)
-    assert probabilities.amax(-1).mean().item() == pytest.approx(PROBABILITY, abs=1e-6)
+    assert probabilities.amax(-1).mean().item() == pytest.approx(MEAN_TOP_PROBABILITY, abs=1e-6)
 
 
 def test_at_the_lowest_cost_all_images_have_the_cheapest_choices() -> None:
@@ -75,7 +81,7 @@ def test_at_the_lowest_cost_all_images_have_the_cheapest_choices() -> None:
 
 
 @torch.no_grad()
-def test_a_policy_begins_with_them() -> None:
+def test_a_policy_starts_with_these_logits() -> None:
     torch.manual_seed(0)
     policy = PolicyNet(4, 3, pool=1, width=2, bits=(8, 8), effort=[0.0] * 3).eval()
     images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,14 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from instaqnas.bits import BitChoice
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD
 from instaqnas.errors import InputError
 from instaqnas.policy.network import PolicyNet
 from instaqnas.quant import integer
-from instaqnas.quant.convolution import has_byte_products, in_floating_point
+from instaqnas.quant.affine import Affine
+from instaqnas.quant.batch_norm import PerChoiceBatchNorm
+from instaqnas.quant.byte_conv import has_byte_products, in_floating_point
 from instaqnas.quant.integer import InputGrid, IntegerConv2d, integer_conv, to_integer
-from instaqnas.quant.quantizers import Affine, Quantizer
-from instaqnas.quant.switchable import BitChoice, PerChoiceBatchNorm, SwitchableConv2d, calibrate
+from instaqnas.quant.quantizers import Quantizer
+from instaqnas.quant.switchable import SwitchableConv2d, calibrate
+from tests.quant.convolution_shapes import needs_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -370,17 +375,28 @@ def test_a_policy_on_the_stem_sees_and_answers_the_same() -> None:
     detector.freeze_stem()
     torch.manual_seed(0)
     policy = PolicyNet(13, 3, pool=4, width=4, bits=(8, 8), stem_channels=8)
-    settle(policy, lambda: policy(detector.look(random_images(6)).seen))
+    settle(policy, lambda: policy(detector.observe(random_images(6)).input))
     whole, whole_policy, images = to_integer(detector), to_integer(policy), random_images(5, seed=5)
-    look, expected = whole.look(images), detector.look(images)
-    assert torch.equal(look.seen, expected.seen)
-    logits = whole_policy(look.seen)
-    assert torch.equal(logits, policy(expected.seen))
+    observation, expected = whole.observe(images), detector.observe(images)
+    assert torch.equal(observation.input, expected.input)
+    logits = whole_policy(observation.input)
+    assert torch.equal(logits, policy(expected.input))
     assert logits.std() > 0
     choices = random_choices(detector, 5, seed=5)
-    found = whole(images, choices, look.stem)
+    found = whole(images, choices, observation.stem)
     assert torch.equal(found.class_logits, detector(images, choices, expected.stem).class_logits)
     assert torch.equal(found.class_logits, whole(images, choices).class_logits)
+
+
+@needs_bytes
+@torch.no_grad()
+def test_an_integer_layer_that_has_run_can_be_copied() -> None:
+    layer = SwitchableConv2d(4, 6, 3, [(4, 4), (2, 2)]).eval()
+    x, choice = torch.rand(2, 4, 5, 5), torch.tensor([1, 0])
+    layer.initialize_steps(x)
+    whole = integer_conv(layer, "layer")
+    y = whole(x, choice).value()
+    assert torch.equal(copy.deepcopy(whole)(x, choice).value(), y)
 
 
 def test_the_network_itself_stays_as_it_was() -> None:
@@ -413,6 +429,41 @@ def test_an_uncalibrated_layer_is_refused(kind: str, part: str) -> None:
         quantizer.log_step[-1] = torch.nan
     with pytest.raises(InputError, match="^some.layer: not calibrated"):
         integer_conv(layer, "some.layer")
+
+
+PARTS_OF_A_LAYER = ("weight", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
+
+
+@pytest.mark.parametrize("part", PARTS_OF_A_LAYER)
+@pytest.mark.parametrize("quantizer", ["lsq", "dorefa"])
+def test_a_layer_that_is_not_finite_is_refused(quantizer: str, part: str) -> None:
+    layer = build(CASES["3x3"], CHOICES["K=5"], quantizer=quantizer)
+    layer.state_dict()[part][0] = torch.nan
+    with pytest.raises(InputError, match="^some.layer: its weight, bias or BatchNorm has NaN or infinite values$"):
+        integer_conv(layer, "some.layer")
+
+
+def test_a_zero_point_that_is_not_finite_is_refused() -> None:
+    layer = build(CASES["signed pointwise"], CHOICES["K=5"])
+    with torch.no_grad():
+        layer.input_quantizer.zero_point[1] = torch.nan
+    with pytest.raises(InputError, match="^some.layer: not calibrated"):
+        integer_conv(layer, "some.layer")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("case", ["pointwise", "signed pointwise", "strided 3x3, bias"])
+def test_an_input_that_is_not_finite_is_refused(case: str, value: float) -> None:
+    whole = integer_conv(build(CASES[case], CHOICES["K=5"]), "layer")
+    x, choice = inputs(CASES[case], 3), torch.tensor([0, 3, 1])
+    damaged = x.clone()
+    damaged[1, 2, 0, 1] = value
+    ones, zeros = torch.ones(3, x.shape[1]), torch.zeros(3, x.shape[1])
+    not_finite = torch.where(torch.arange(3)[:, None] == 1, value, ones)
+    for bad in (damaged, Affine(damaged, ones, zeros), Affine(x, not_finite, zeros), Affine(x, ones, not_finite)):
+        with pytest.raises(ValueError, match="the input has NaN or infinite values, which have no integers"):
+            whole(bad, choice)
+    assert whole(Affine(x, ones, zeros), choice).value().isfinite().all()
 
 
 @pytest.mark.parametrize("zero_point", [-129.0, 128.0])

@@ -1,4 +1,4 @@
-"""LSQ, PACT and DoReFa: what their grids hold, and that every gradient is the one of their papers."""
+"""LSQ, PACT and DoReFa: levels lie on their grids, and every gradient equals that in their papers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from instaqnas.quant.affine import Affine
 from instaqnas.quant.quantizers import (
     ActivationQuantizer,
-    Affine,
     DoReFaActivations,
     DoReFaWeights,
     LsqActivations,

@@ -1,4 +1,4 @@
-"""Quantizers: what the grids hold, and that every gradient is the one of LSQ / LSQ+."""
+"""Quantizers: levels lie on their grids, and every gradient equals that in LSQ or LSQ+."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def row(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def to_grid(x: Tensor, step: Tensor, lowest: Tensor, highest: Tensor, zero: Tensor | None = None) -> Tensor:
-    """Levels of x [n, ...] on the grids of table columns [n, 1, ...] or [1, 1, ...], by what all quantizers call.
+    """Levels of x [n, ...] on the grids of table columns [n, 1, ...] or [1, 1, ...], by `clip_round` as in quantizers.
 
     For gradients of tables that no quantizer learns as they are.
     """
@@ -83,7 +83,7 @@ def with_steps(quantizer: Quantizer, steps: list[float], zero_points: list[float
     return quantizer
 
 
-# --- What the grids hold ----------------------------------------------------------------------------------------------
+# --- Levels of the grids ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bits", "signed"), GRIDS)
@@ -309,6 +309,31 @@ def test_plain_descent_moves_a_step_size_as_lsq_does() -> None:
         assert moved == pytest.approx(-lr * naive.grad.item() / math.sqrt(weight.numel() * 7), rel=1e-3)
 
 
+def moved_by(optimizer: type, lr: float, numel: int) -> list[float]:
+    """Change of log s at each of five steps, for a loss linear in s; `numel` decides LSQ's gradient scale."""
+    quantizer = with_steps(LsqWeights([4]), [0.5])
+    descent, moves = optimizer(quantizer.parameters(), lr=lr), []
+    for _ in range(5):
+        before = quantizer.log_step.item()
+        descent.zero_grad()
+        (3 * quantizer.grid(numel).step).sum().backward()
+        descent.step()
+        moves.append(quantizer.log_step.item() - before)
+    return moves
+
+
+def test_the_gradient_scale_of_lsq_slows_sgd_down() -> None:
+    many, few = (moved_by(torch.optim.SGD, 1e-3, numel)[0] for numel in (10_000, 1))
+    assert few == pytest.approx(100 * many, rel=1e-2)  # 1 / sqrt(numel * highest)
+
+
+def test_under_adamw_a_step_size_moves_by_the_learning_rate_whatever_the_gradient_scale() -> None:
+    for lr in (1e-3, 1e-2):  # as changed by step_size_lr_factor
+        many, few = (moved_by(torch.optim.AdamW, lr, numel) for numel in (10_000, 1))
+        assert few == pytest.approx(many, rel=1e-3)
+        assert few == pytest.approx([-lr] * 5, rel=0.1)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_step_gradient_of_a_weight_is_scaled_by_its_size_and_highest_level(bits: int) -> None:
     highest, step, numel = hand_range(bits, True)[1], 0.25, 24
@@ -423,7 +448,7 @@ def test_nested_levels_stand_for_the_middle_of_what_falls_to_them(bits: tuple[in
             assert torch.equal(levels[k], weight)
             assert steps[k] == 1
             continue
-        width = step * 2 ** (widest - own)  # of what falls to one level
+        width = step * 2 ** (widest - own)  # of the interval of one level
         assert steps[k].item() == pytest.approx(width / 2, rel=1e-6)
         assert (levels[k].flatten().diff() >= 0).all()
         assert len(levels[k].unique()) == 2**own
@@ -493,7 +518,7 @@ def test_first_nested_step_sizes_suit_the_narrowest_grid() -> None:
     x = torch.tensor([1.0, -1.0, 2.0, 0.0]).view(4, 1, 1, 1)  # mean|x| = 1
     quantizer = NestedWeights([3, 8, 32, 5])
     quantizer.initialize(x)
-    width = 2 / math.sqrt(3)  # of what falls to one level at 3 bits; levels are odd, in units of half of it
+    width = 2 / math.sqrt(3)  # of the interval of one level at 3 bits; levels are odd, in units of half of it
     expected = [width / 2, width / 2 / 2**5, 1.0, width / 2 / 2**2]
     assert quantizer.grid(4).step.squeeze(1).tolist() == pytest.approx(expected, rel=1e-6)
     quantizer = NestedWeights([3, 8], channels=4)

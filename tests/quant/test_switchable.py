@@ -3,175 +3,32 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from instaqnas.quant.switchable import (
-    BitChoice,
-    PerChoiceBatchNorm,
-    SwitchableConv2d,
-    calibrate,
-    reestimate_batch_norm,
-    use_batch_renorm,
+from instaqnas.bits import BitChoice
+from instaqnas.quant import byte_conv, convolution, quantizers, switchable
+from instaqnas.quant.byte_conv import ByteConv2d, in_floating_point
+from instaqnas.quant.switchable import SwitchableConv2d, calibrate
+from tests.quant.convolution_shapes import needs_bytes
+from tests.quant.switchable_reference import (
+    CASES,
+    MIXED,
+    Case,
+    Chain,
+    build,
+    convolve_alone,
+    ends,
+    inputs,
+    reference,
+    widest,
 )
 
-MIXED = [(2, 3), (4, 4), (8, 8)]
 WITH_OFF = [(3, 4), (32, 32), (32, 4), (5, 32)]
-
-
-@dataclass(frozen=True)
-class Case:
-    in_channels: int
-    out_channels: int
-    kernel_size: int
-    stride: int = 1
-    groups: int = 1
-    signed_input: bool = False
-
-
-CASES = {
-    "pointwise": Case(4, 6, 1),
-    "depthwise": Case(5, 5, 3, groups=5),
-    "strided": Case(4, 6, 3, stride=2),
-    "strided depthwise": Case(4, 4, 3, stride=2, groups=4),
-    "strided pointwise": Case(4, 6, 1, stride=2),
-    "signed input": Case(3, 4, 7, stride=2, signed_input=True),
-}
-
-
-def build(
-    case: Case, choices: list[tuple[int, int]], *, batch_norm: bool, seed: int = 0, **settings: str | bool
-) -> SwitchableConv2d:
-    """A layer in float64 whose parameters and statistics all differ, so that no mix-up can hide."""
-    layer = SwitchableConv2d(
-        case.in_channels,
-        case.out_channels,
-        case.kernel_size,
-        choices,
-        stride=case.stride,
-        groups=case.groups,
-        batch_norm=batch_norm,
-        signed_input=case.signed_input,
-        **settings,
-    ).double()
-    g = torch.Generator().manual_seed(seed)
-    layer.initialize_steps(inputs(case, 8, seed=seed + 1))
-    with torch.no_grad():
-        if layer.weight.dim() == 5:  # separate
-            layer.weight += 0.3 * torch.randn(layer.weight.shape, generator=g).double()
-        for name, parameter in layer.named_parameters():
-            if name.endswith("log_step"):
-                parameter += 0.3 * torch.randn(parameter.shape, generator=g, dtype=torch.float64)
-            elif name.endswith("log_alpha"):
-                parameter += 0.3 * torch.randn(parameter.shape, generator=g).double() - 2  # 10 clips nothing
-        if layer.norm is None:
-            layer.bias.copy_(torch.randn(case.out_channels, generator=g))
-        else:
-            for tensor, offset in ((layer.norm.weight, 1), (layer.norm.bias, 0), (layer.norm.running_mean, 0)):
-                tensor.copy_(offset + 0.5 * torch.randn(tensor.shape, generator=g))
-            layer.norm.running_var.copy_(torch.rand(layer.norm.running_var.shape, generator=g) + 0.5)
-    return layer
-
-
-def value_of(network: nn.Module, x: Tensor) -> Tensor:
-    y = network(x)
-    return y if isinstance(y, Tensor) else y.value()
-
-
-def inputs(case: Case, images: int, *, size: int = 7, seed: int = 1) -> Tensor:
-    x = torch.randn(images, case.in_channels, size, size, generator=torch.Generator().manual_seed(seed)).double()
-    return x if case.signed_input else x.relu()
-
-
-# --- The reference ----------------------------------------------------------------------------------------------------
-
-
-def round_straight_through(x: Tensor) -> Tensor:
-    return x + (x.round() - x).detach()
-
-
-def clipped(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """The ends count as inside."""
-    low, high = (torch.as_tensor(end, dtype=x.dtype) for end in (low, high))
-    return torch.where(x < low, low, torch.where(x > high, high, x))
-
-
-def ends(bits: int, signed: bool) -> tuple[int, int]:
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-
-
-def widest(layer: SwitchableConv2d) -> int:
-    return max(bits for bits, _ in layer.choices if bits != 32)
-
-
-def lsq(x: Tensor, step: Tensor, offset: Tensor | float, bits: int, signed: bool) -> Tensor:
-    level = clipped(x / step + offset, *ends(bits, signed))
-    return (round_straight_through(level) - offset) * step
-
-
-def fake_weight(layer: SwitchableConv2d, p: dict[str, Tensor], k: int) -> Tensor:
-    """LSQ, nested LSQ (Any-Precision) or DoReFa written out; the weight of choice k."""
-    bits, weight = layer.choices[k][0], p["weight"]
-    weight = weight[k] if weight.dim() == 5 else weight
-    if bits == 32:
-        return weight
-    log_step = p.get("weight_quantizer.log_step")
-    if log_step is None:
-        largest, last = weight.detach().tanh().abs().max(), 2**bits - 1
-        unit = weight.tanh() / (2 * largest) + 0.5
-        return (2 * round_straight_through(unit * last) / last - 1) * largest
-    if len(log_step) == len(layer.choices):
-        return lsq(weight, log_step[k].exp().view(-1, 1, 1, 1), 0.0, bits, True)
-    width = log_step[0].exp().view(-1, 1, 1, 1) * 2 ** (widest(layer) - bits)
-    lowest, highest = ends(bits, True)
-    # The middle of the interval that the weight falls to; the middles of the first and last are the ends of the range.
-    position = clipped(weight / width, lowest + 0.5, highest + 0.5)
-    middle = (weight / width).detach().floor().clamp(lowest, highest) + 0.5
-    return (position + (middle - position).detach()) * width
-
-
-def fake_input(layer: SwitchableConv2d, p: dict[str, Tensor], image: Tensor, k: int) -> Tensor:
-    """LSQ, LSQ+, PACT or DoReFa written out."""
-    bits, signed = layer.choices[k][1], layer.input_quantizer.signed
-    if bits == 32:
-        return image if signed else image.relu()
-    if "input_quantizer.log_step" in p:
-        zero = p.get("input_quantizer.zero_point")
-        offset = 0.0 if zero is None else round_straight_through(zero[k])
-        return lsq(image, p["input_quantizer.log_step"][k].exp(), offset, bits, signed)
-    log_alpha = p.get("input_quantizer.log_alpha")
-    alpha = torch.ones(()) if log_alpha is None else log_alpha[k].exp()
-    levels = ends(bits, signed)[1] / alpha.detach()
-    image = clipped(image, -alpha if signed else 0.0, alpha)
-    return image + ((image * levels).round() / levels - image).detach()
-
-
-def convolve_alone(layer: SwitchableConv2d, p: dict[str, Tensor], image: Tensor, k: int) -> Tensor:
-    """One image [1, in, H, W] at choice k, by F.conv2d of fake-quantized weight and input."""
-    weight = fake_weight(layer, p, k)
-    kernel_size = weight.shape[-1]
-    image = fake_input(layer, p, image, k)
-    return F.conv2d(image, weight, p.get("bias"), layer.stride, kernel_size // 2, groups=layer.groups)
-
-
-def reference(
-    layer: SwitchableConv2d, p: dict[str, Tensor], x: Tensor, choice: list[int], mean: Tensor, var: Tensor
-) -> Tensor:
-    """Every image alone, then F.batch_norm over the images of each choice; updates `mean` and `var` in training."""
-    alone = [convolve_alone(layer, p, x[b : b + 1], k) for b, k in enumerate(choice)]
-    if layer.norm is not None:
-        for k in sorted(set(choice)):
-            members = [b for b, own in enumerate(choice) if own == k]
-            group = torch.cat([alone[b] for b in members])
-            scale, shift = p["norm.weight"][k], p["norm.bias"][k]
-            group = F.batch_norm(group, mean[k], var[k], scale, shift, layer.training, 0.1, 1e-5)
-            for b, y in zip(members, group.split(1), strict=True):
-                alone[b] = y
-    return torch.cat(alone)
 
 
 def gradient_scales(layer: SwitchableConv2d, x: Tensor) -> dict[str, Tensor]:
@@ -279,7 +136,7 @@ def test_a_batch_in_which_choices_are_absent_equals_the_loop(choice: list[int]) 
 @pytest.mark.parametrize("kind", [{}, *KINDS.values()], ids=["lsq_plus", *KINDS.keys()])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_what_is_kept_for_the_backward_pass_does_not_grow_with_k(kind: dict[str, str | bool], kernel: int) -> None:
-    """But for the weights and what belongs to them; feature maps are far larger here."""
+    """Apart from weights and their levels; feature maps are far larger here."""
 
     def kept(choices: list[BitChoice]) -> int:
         layer = SwitchableConv2d(8, 8, kernel, choices, **kind)
@@ -302,73 +159,12 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_k(kind: dict[str,
     assert eight < 1.1 * two
 
 
-# --- BatchNorm --------------------------------------------------------------------------------------------------------
-
-
-def test_an_absent_choice_keeps_its_statistics_and_gets_no_gradient() -> None:
-    layer = build(CASES["strided"], MIXED, batch_norm=True).train()
-    before = {name: value.clone() for name, value in layer.norm.named_buffers()}
-    layer(inputs(CASES["strided"], 3), torch.tensor([2, 0, 2])).value().square().sum().backward()
-    for name, value in layer.norm.named_buffers():
-        assert torch.equal(value[1], before[name][1])
-        assert (value[[0, 2]] != before[name][[0, 2]]).all()
-    for parameter in (layer.norm.weight, layer.norm.bias, layer.weight_quantizer.log_step):
-        assert torch.equal(parameter.grad[1], torch.zeros_like(parameter.grad[1]))
-        assert parameter.grad.isfinite().all()
-
-
-def test_evaluation_leaves_the_statistics_alone() -> None:
-    layer = build(CASES["pointwise"], MIXED, batch_norm=True).eval()
-    before = {name: value.clone() for name, value in layer.named_buffers()}
-    layer(inputs(CASES["pointwise"], 3), torch.tensor([2, 0, 2]))
-    for name, value in layer.named_buffers():
-        assert torch.equal(value, before[name])
-
-
-def test_running_variance_is_the_unbiased_one_by_hand() -> None:
-    layer = SwitchableConv2d(1, 1, 1, [(32, 32), (32, 32)]).train()
-    nn.init.ones_(layer.weight)
-    x = torch.tensor([[1.0, 3.0], [5.0, 7.0], [100.0, 100.0]]).view(3, 1, 1, 2)
-    layer(x, torch.tensor([0, 0, 1]))
-    # choice 0: 1, 3, 5, 7 have mean 4 and variance 20 / 3; choice 1: mean 100, variance 0; momentum 0.1 from 0 and 1
-    assert layer.norm.running_mean.flatten().tolist() == pytest.approx([0.4, 10.0])
-    assert layer.norm.running_var.flatten().tolist() == pytest.approx([0.9 + 2 / 3, 0.9])
-
-
-def test_float32_statistics_hold_for_channels_far_off_centre() -> None:
-    norm = PerChoiceBatchNorm(3, 2).train()
-    y = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(0)) + 30  # mean of 30 standard deviations
-    expected = F.batch_norm(y.double(), None, None, training=True).float()
-    torch.testing.assert_close(norm(y, None, torch.zeros(6, dtype=torch.int64)).value(), expected, rtol=0, atol=2e-3)
-
-
-def test_statistics_keep_float32_where_the_sums_are_bf16() -> None:
-    norm = PerChoiceBatchNorm(3, 2).train()
-    y = (torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + 20).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        value = norm(y, None, torch.zeros(6, dtype=torch.int64)).value()
-    expected = F.batch_norm(y.double(), None, None, training=True).float()
-    torch.testing.assert_close(value, expected, rtol=0, atol=2e-3)
-
-
-def test_one_pixel_leaves_the_running_statistics_alone() -> None:
-    norm = PerChoiceBatchNorm(3, 2).train()
-    norm(torch.randn(3, 3, 1, 1), None, torch.tensor([0, 1, 1]))
-    assert norm.running_var[0].tolist() == [1, 1, 1]
-    assert (norm.running_var[1] != 1).all()
-
-
-def test_a_constant_channel_becomes_its_bias() -> None:
-    norm = PerChoiceBatchNorm(2, 2).train()
-    nn.init.constant_(norm.bias, 0.7)
-    y = torch.zeros(3, 2, 5, 5, requires_grad=True)
-    normalised = norm(y, torch.full((2, 1), 0.01), torch.tensor([0, 1, 0])).value()
-    torch.testing.assert_close(normalised, torch.full_like(y, 0.7))
-    normalised.square().sum().backward()
-    assert y.grad.isfinite().all()
-
-
 # --- Full precision ---------------------------------------------------------------------------------------------------
+
+
+def value_of(network: nn.Module, x: Tensor) -> Tensor:
+    y = network(x)
+    return y if isinstance(y, Tensor) else y.value()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -454,18 +250,6 @@ def test_an_uncalibrated_layer_gives_nan_and_not_numbers() -> None:
 # --- Calibration ------------------------------------------------------------------------------------------------------
 
 
-class Chain(nn.Module):
-    """Two layers, the second of which applies the ReLU between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = SwitchableConv2d(3, 4, 3, [(8, 8)], signed_input=True)
-        self.second = SwitchableConv2d(4, 5, 1, MIXED)
-
-    def forward(self, x: Tensor, choice: Tensor) -> Tensor:
-        return self.second(self.first(x), choice).value()
-
-
 def test_calibration_shows_every_layer_inputs_that_its_predecessors_have_quantized() -> None:
     torch.manual_seed(0)
     network = Chain().eval()
@@ -484,6 +268,25 @@ def test_calibration_shows_every_layer_inputs_that_its_predecessors_have_quantiz
     assert network.second.input_quantizer.log_step.exp().tolist() == pytest.approx(expected, rel=1e-4)
 
 
+def test_calibration_updates_running_statistics_as_one_training_step_does() -> None:
+    torch.manual_seed(0)
+    network = Chain()
+    for layer in (network.first, network.second):
+        layer.norm.running_mean.fill_(3.0)
+    x, choice = torch.randn(5, 3, 6, 6), torch.tensor([0, 2, 2, 0, 2])  # none at choice 1
+    calibrate(network, lambda: network(x, choice))
+    after = {name: value.clone() for name, value in network.named_buffers()}
+    for layer in (network.first, network.second):  # the same step again, now that step sizes are known
+        layer.norm.running_mean.fill_(3.0)
+        layer.norm.running_var.fill_(1.0)
+    network.train()(x, choice)
+    for name, value in network.named_buffers():
+        assert torch.equal(value, after[name]), name
+    mean = network.second.norm.running_mean
+    assert (mean[[0, 2]] != 3).all()
+    assert (mean[1] == 3).all()
+
+
 def test_calibration_is_over_once_it_returns() -> None:
     network = Chain()
     choice = torch.tensor([0, 1, 2])
@@ -494,134 +297,194 @@ def test_calibration_is_over_once_it_returns() -> None:
         assert torch.equal(value, before[name])
 
 
-# --- Batch renormalization --------------------------------------------------------------------------------------------
+# --- Bytes ------------------------------------------------------------------------------------------------------------
 
 
-def renormalizing(choices: int) -> PerChoiceBatchNorm:
-    """With statistics, weights and biases of their own for each choice."""
-    torch.manual_seed(choices)
-    norm = PerChoiceBatchNorm(2, choices).double()
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.5, 2)
-    norm.weight.data.uniform_(0.5, 2)
-    norm.bias.data.normal_()
-    use_batch_renorm(norm, on=True)
-    return norm.train()
-
-
-def test_batch_renorm_normalises_as_evaluation_does_and_has_the_gradients_of_the_batch() -> None:
-    norm = renormalizing(2)
-    y, factor = torch.randn(5, 2, 3, 3).double().requires_grad_(), torch.tensor([[0.9], [0.8]]).double()
-    choice, weights = torch.tensor([0, 1, 0, 0, 0]), torch.randn(5, 2, 3, 3).double()
-    expected = copy.deepcopy(norm).eval()(y, factor, choice).value().detach()
-    known = norm.running_mean.clone(), norm.running_var.clone()
-    found = norm(y, factor, choice).value()
-    torch.testing.assert_close(found, expected)  # image 1 is alone with its choice
-    (found * weights).sum().backward()
-    gradient, y.grad = y.grad.clone(), None
-    wanted = 0
-    for k in (0, 1):
-        x = (y * factor[k])[choice == k]
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        scale = (var + norm.eps).sqrt().detach() / (known[1][k] + norm.eps).sqrt()
-        shift = (mean.detach() - known[0][k]) / (known[1][k] + norm.eps).sqrt()
-        own_weight, own_bias = norm.weight[k] * scale, norm.bias[k] + norm.weight[k] * shift
-        normal = F.batch_norm(x, None, None, own_weight.detach(), own_bias.detach(), training=True, eps=norm.eps)
-        wanted = wanted + (normal * weights[choice == k]).sum()
-    wanted.backward()
-    torch.testing.assert_close(gradient, y.grad)
-
-
-@pytest.mark.parametrize(("mean", "deviation", "scale", "shift"), [(1000, 100, 3, 5), (-1000, 0.1, 1 / 3, -5)])
-def test_batch_renorm_has_limits(mean: float, deviation: float, scale: float, shift: float) -> None:
-    norm = renormalizing(2)
-    y = mean + deviation * torch.randn(4, 2, 3, 3).double()
-    found = norm(y, None, torch.zeros(4, dtype=torch.long)).value()
-    limited = scale * norm.weight[0, :, None, None] * F.batch_norm(y, None, None, training=True, eps=norm.eps)
-    limited = limited + (norm.bias + shift * norm.weight)[0, :, None, None]
-    torch.testing.assert_close(found, limited, rtol=1e-4, atol=1e-4)
-
-
-def test_batch_renorm_changes_nothing_with_one_choice_or_in_evaluation() -> None:
-    factor = torch.tensor([[0.9]]).double()
-    for norm, choice in ((renormalizing(1), None), (renormalizing(2).eval(), torch.tensor([0, 1, 1]))):
-        plain = copy.deepcopy(norm)
-        use_batch_renorm(plain, on=False)
-        y = torch.randn(3, 2, 4, 4).double()
-        assert torch.equal(norm(y, factor, choice).value(), plain(y, factor, choice).value())
-
-
-def test_batch_renorm_learns_running_statistics_as_without() -> None:
-    norm = renormalizing(2)
-    plain = copy.deepcopy(norm)
-    use_batch_renorm(plain, on=False)
-    y, choice = torch.randn(3, 2, 4, 4).double(), torch.tensor([0, 1, 1])
-    assert not torch.equal(norm(y, None, choice).value(), plain(y, None, choice).value())
-    assert torch.equal(norm.running_mean, plain.running_mean)
-    assert torch.equal(norm.running_var, plain.running_var)
-
-
-# --- Statistics of BatchNorm taken anew -------------------------------------------------------------------------------
-
-
-def test_statistics_taken_anew_are_those_of_all_images_of_a_choice() -> None:
-    """Two batches of different sizes; choice 1 of the second layer has no image."""
+@needs_bytes
+@pytest.mark.parametrize("kind", [{}, {"weights": "nested"}, {"quantizer": "dorefa"}, {"quantizer": "pact"}])
+@pytest.mark.parametrize("kernel", [1, 3])
+@torch.no_grad()
+def test_a_layer_on_bytes_equals_itself_in_floating_point(
+    kernel: int, kind: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    network = Chain().double()
-    batches = [torch.randn(5, 3, 6, 6).double(), 2 + torch.randn(2, 3, 6, 6).double()]
-    choices = [[0, 2, 2, 0, 2], [2, 0]]
-    calibrate(network, lambda: network(batches[0], torch.tensor([0, 1, 2, 0, 1])))
-    network.eval()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-
-    def forward() -> None:
-        assert not torch.is_grad_enabled()  # the graphs of all batches would be kept
-        for x, choice in zip(batches, choices, strict=True):
-            network(x, torch.tensor(choice))
-
-    reestimate_batch_norm(network, forward)
-
-    first, second = (dict(layer.named_parameters()) for layer in (network.first, network.second))
-    sums: dict[tuple[str, int], list[Tensor]] = {}
-    for x, choice in zip(batches, choices, strict=True):
-        convolved = torch.cat([convolve_alone(network.first, first, image[None], 0) for image in x])
-        hidden = F.batch_norm(convolved, None, None, training=True)
-        for image, y, k in zip(hidden, convolved, choice, strict=True):
-            sums.setdefault(("first", 0), []).append(y)
-            sums.setdefault(("second", k), []).append(convolve_alone(network.second, second, image[None], k)[0])
-    assert sums.keys() == {("first", 0), ("second", 0), ("second", 2)}
-    for (layer, k), values in sums.items():
-        norm, together = getattr(network, layer).norm, torch.stack(values)
-        torch.testing.assert_close(norm.running_mean[k], together.mean((0, 2, 3)))
-        torch.testing.assert_close(norm.running_var[k], together.var((0, 2, 3)))  # unbiased
-
-    after = network.state_dict()
-    kept = [name for name in after if "running" not in name]
-    assert {"first.weight", "second.norm.weight", "second.input_quantizer.log_step"} <= set(kept)
-    assert all(torch.equal(after[name], before[name]) for name in kept)
-    for name in ("second.norm.running_mean", "second.norm.running_var"):
-        assert torch.equal(after[name][1], before[name][1])
-    assert not network.first.training
+    layer = SwitchableConv2d(16, 8, kernel, [(2, 2), (8, 8), (4, 8)], **kind).eval()
+    x, choice = 2 * torch.randn(6, 16, 9, 9), torch.tensor([1, 0, 2, 1, 0, 1])
+    layer.initialize_steps(x)
+    monkeypatch.setattr(convolution, "PIXELS_WORTH_PACKING", 1)
+    bytes_seen = []
+    multiply = ByteConv2d.__call__
+    monkeypatch.setattr(ByteConv2d, "__call__", lambda conv, x: bytes_seen.append(x.dtype) or multiply(conv, x))
+    by_bytes = layer(x, choice).value()
+    assert bytes_seen == [torch.uint8] * 3
+    with torch.enable_grad():
+        in_training = layer(x, choice).value()
+    assert len(bytes_seen) == 6
+    with in_floating_point():
+        in_floats = layer(x, choice).value()
+    assert len(bytes_seen) == 6
+    assert torch.equal(by_bytes, in_floats)
+    assert torch.equal(in_training, in_floats)
 
 
-def test_statistics_taken_anew_without_quantization_are_those_of_all_images() -> None:
-    layer = build(CASES["strided"], [(32, 32)], batch_norm=True)
-    x = inputs(CASES["strided"], 7)
+@needs_bytes
+@torch.no_grad()
+def test_a_packed_weight_follows_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = SwitchableConv2d(4, 6, 3, [(3, 3), (4, 4)]).eval()
+    x, choice = torch.randn(4, 4, 8, 8), torch.tensor([0, 1, 1, 0])
+    layer.initialize_steps(x)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
 
-    def forward() -> None:
-        for batch in x.split(4):
-            layer(batch)
+    average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.5))
 
-    reestimate_batch_norm(layer, forward)
-    convolved = F.conv2d(x.relu(), layer.weight, stride=2, padding=1)
-    torch.testing.assert_close(layer.norm.running_mean[0], convolved.mean((0, 2, 3)))
-    torch.testing.assert_close(layer.norm.running_var[0], convolved.var((0, 2, 3)))
+    def in_floats(layer: nn.Module) -> Tensor:
+        with in_floating_point():
+            return copy.deepcopy(layer)(x, choice).value()
+
+    def descend() -> None:
+        with torch.enable_grad():
+            layer(x, choice).value().square().sum().backward()
+        optimizer.step()
+
+    changes = {
+        "nothing": lambda: None,
+        "a step of the optimizer": descend,
+        "a checkpoint": lambda: layer.load_state_dict({k: 1.5 * v for k, v in layer.state_dict().items()}),
+        "a step size": lambda: layer.weight_quantizer.log_step.add_(0.7),
+        "a weight": lambda: layer.weight.lerp_(torch.randn(6, 4, 3, 3), 0.5),
+        "another tensor": lambda: setattr(layer, "weight", torch.nn.Parameter(torch.randn(6, 4, 3, 3))),
+    }
+    before = layer(x, choice).value()
+    for name, change in changes.items():
+        assert layer._packed is not None
+        change()
+        found = layer(x, choice).value()
+        assert torch.equal(found, in_floats(layer)), name
+        assert name == "nothing" or not torch.equal(found, before), name
+        before = found
+    average(x, choice)
+    average.update_parameters(layer)
+    average.update_parameters(layer)
+    first = average(x, choice).value()
+    layer.weight.mul_(1.3)
+    average.update_parameters(layer)
+    assert torch.equal(average(x, choice).value(), in_floats(average))
+    assert not torch.equal(average(x, choice).value(), first)
+    before = layer(x, choice).value()
+    layer(x, choice)
+    monkeypatch.setattr(convolution.ByteConv2d, "__init__", None)  # no weight may be packed again
+    assert torch.equal(layer(x, choice).value(), before)
+    assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
 
 
-def test_training_goes_on_with_running_statistics_after_they_were_taken_anew() -> None:
-    norm = PerChoiceBatchNorm(1, 2)
-    y = torch.tensor([1.0, 3.0, 5.0, 7.0]).view(1, 1, 2, 2)
-    reestimate_batch_norm(norm, lambda: norm(y, None, torch.tensor([0])))
-    assert norm.running_mean.flatten().tolist() == [4.0, 0.0]
-    norm.train()(y + 10, None, torch.tensor([0]))
-    assert norm.running_mean.flatten().tolist() == pytest.approx([5.0, 0.0])  # momentum 0.1 from 4 to 14
+# --- NaN --------------------------------------------------------------------------------------------------------------
+
+PRODUCERS = {  # of a map that is not finite, from one that is not
+    "full precision": ([(32, 32)], {}),
+    "full precision, bias": ([(32, 32)], {"batch_norm": False}),
+    "some choices at 32 bits": ([(4, 4), (32, 32)], {}),
+    "some choices at 32 bits, bias": ([(4, 4), (32, 32)], {"batch_norm": False}),
+    "some weights at 32 bits": ([(4, 32), (32, 32)], {}),
+    "inputs at 32 bits": ([(4, 32)], {}),
+    "quantized signed input": ([(4, 4)], {"signed_input": True}),
+    "quantized signed input, two choices": ([(4, 4), (2, 2)], {"signed_input": True, "batch_norm": False}),
+}
+
+
+class StandIn:
+    """`ByteConv2d` in float64."""
+
+    def __init__(self, weight: Tensor, **settings: int) -> None:
+        self.weight, self.settings = weight.double(), settings
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.uint8
+        y = F.conv2d(x.double(), self.weight, **self.settings).float()
+        return y.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(params=[True, False], ids=["bytes", "floats"])
+def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers multiply as on a machine with or without byte products, here by a stand-in."""
+    monkeypatch.setattr(byte_conv, "has_byte_products", lambda: request.param)
+    for module in (convolution, switchable):
+        monkeypatch.setattr(module, "ByteConv2d", StandIn)
+
+
+def calibrated_chain(first: SwitchableConv2d | None, *, batch_norm: bool = True) -> tuple[nn.ModuleList, Tensor]:
+    """`first` and two layers of bytes behind it, calibrated, and the choices of three images."""
+    layers = nn.ModuleList([] if first is None else [first])
+    for _ in range(2):
+        layers.append(SwitchableConv2d(4, 4, 1, [(2, 2), (4, 4)], batch_norm=batch_norm))
+    choice = torch.tensor([0, 1, 1])
+    x = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    calibrate(layers, lambda: run_chain(layers, x, choice))
+    return layers, choice
+
+
+def run_chain(layers: nn.ModuleList, x: Tensor, choice: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x, choice)
+    return x.value()
+
+
+@pytest.mark.usefixtures("_engine")
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", PRODUCERS.values(), ids=PRODUCERS.keys())
+def test_a_nan_behind_any_layer_stays_one_in_the_layers_of_bytes(
+    kind: tuple[list[BitChoice], dict[str, bool]], training: bool, with_gradients: bool
+) -> None:
+    choices, settings = kind
+    layers, choice = calibrated_chain(SwitchableConv2d(4, 4, 1, choices, **settings))
+    layers.train(training)
+    x = torch.rand(3, 4, 8, 8)
+    with torch.set_grad_enabled(with_gradients):
+        assert run_chain(layers, x, choice).isfinite().all()
+        x[1, 2, 3, 4] = torch.nan
+        assert layers[0](x, choice).value()[1].isnan().any()
+        assert run_chain(layers, x, choice)[1].isnan().all()
+
+
+@pytest.mark.usefixtures("_engine")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_plain_input_that_is_not_finite_shows_behind_layers_of_bytes(batch_norm: bool, value: float) -> None:
+    layers, choice = calibrated_chain(None, batch_norm=batch_norm)
+    layers.eval()
+    x = torch.rand(3, 4, 8, 8)
+    assert run_chain(layers, x, choice).isfinite().all()
+    x[1, 2, 3, 4] = value
+    assert run_chain(layers, x, choice)[1].isnan().all()
+
+
+@pytest.mark.usefixtures("_engine")
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("worth_packing", [1, 10**6])
+@pytest.mark.parametrize("kind", [{}, {"weights": "nested"}, {"weights": "separate"}, {"quantizer": "dorefa"}])
+def test_a_nan_in_a_weight_shows_however_bytes_are_multiplied(
+    kind: dict[str, str], worth_packing: int, with_gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "PIXELS_WORTH_PACKING", worth_packing)
+    layer = SwitchableConv2d(4, 6, 1, [(4, 4), (2, 2)], batch_norm=False, **kind)
+    x, choice = torch.rand(2, 4, 5, 5), torch.tensor([0, 0])
+    layer.initialize_steps(x)
+    with torch.set_grad_enabled(with_gradients):
+        assert layer(x, choice).value().isfinite().all()
+        with torch.no_grad():
+            layer.weight.view(-1)[0] = torch.nan
+        assert layer(x, choice).value()[:, 0].isnan().all()
+
+
+@torch.no_grad()
+def test_sums_of_bytes_are_not_searched_for_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first of three layers of bytes reads its whole input; the others read tables of scale and shift."""
+    layers, choice = calibrated_chain(SwitchableConv2d(4, 4, 1, [(4, 4)]))
+    searched = []
+    check = quantizers.all_finite
+    monkeypatch.setattr(
+        quantizers, "all_finite", lambda *tensors: searched.append([t.dim() for t in tensors]) or check(*tensors)
+    )
+    run_chain(layers.eval(), torch.rand(3, 4, 8, 8), choice)
+    assert searched == [[2, 2, 4], [2, 2], [2, 2]]

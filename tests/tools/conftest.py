@@ -9,12 +9,15 @@ import pytest
 import torch
 import yaml
 
-from instaqnas.config import from_plain, to_plain
+from instaqnas.config.reading import from_plain, to_plain
 from instaqnas.data.shapes import generate_shapes
+from instaqnas.experiment.run_dir import RunDir
+from instaqnas.experiment.stage import FINETUNE
 from instaqnas.policy.network import PolicyNet
-from instaqnas.quant.switchable import PerChoiceBatchNorm, calibrate
-from instaqnas.training.run_dir import RunDir
-from instaqnas.training.stages import DetectorTraining, Experiment
+from instaqnas.quant.batch_norm import PerChoiceBatchNorm
+from instaqnas.quant.switchable import calibrate
+from instaqnas.training.detector_training import DetectorTraining
+from instaqnas.training.stages import Experiment
 
 MakeRun = Callable[..., Path]
 
@@ -42,11 +45,11 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         calibrate(calibrated, lambda: calibrated(images, places % len(calibrated.choices)))
         detector = experiment.adaptive_detector()
         detector.load_state_dict(calibrated.state_dict())
-        seen = detector.look(images).seen
-        calibrate(policy, lambda: policy(seen))
+        observed = detector.observe(images).input
+        calibrate(policy, lambda: policy(observed))
         if arrange is not None:
             arrange(policy)
-        run_dir = RunDir(folder / "runs" / "tiny", "finetune", to_plain(config), experiment.class_names)
+        run_dir = RunDir(folder / "runs" / "tiny", FINETUNE, to_plain(config), experiment.class_names)
         state = DetectorTraining.begin(experiment, run_dir, detector, config.finetune).state
         state.networks["policy"], state.epoch = policy, config.finetune.epochs
         run_dir.save(state.state_dict(), best=False)

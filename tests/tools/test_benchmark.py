@@ -1,4 +1,4 @@
-"""The networks that the benchmark compares with, its clockwork, and one run at a tiny size. No time is asserted."""
+"""The networks that the benchmark compares with, its timing, and one run at a tiny size. No time is asserted."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ from instaqnas.metrics.voc import voc_map
 from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.switchable import SwitchableConv2d
 from instaqnas.tools import benchmark
-from instaqnas.tools.baselines import BaselineSSD, MaskedBranches, TorchConv, detections_of_image, judge_in_loops
 from instaqnas.tools.benchmark import (
-    CHOICES,
-    POSITIONS,
     RATIOS,
     WARM_UPS,
-    Settings,
-    format_table,
-    full_precision,
-    in_fresh_process,
-    judge_batched,
+    format_benchmark,
     main,
-    masked,
+    measured_training_mib,
     medians_in_turn,
-    ours,
-    plain,
-    random_batch,
     ratios,
     voc07_records,
 )
+from instaqnas.tools.benchmark_rows import (
+    CHOICES,
+    PLANS,
+    POSITIONS,
+    Workload,
+    fp32,
+    initial_network,
+    judge_batched,
+    masked,
+    ours,
+    random_batch,
+)
+from instaqnas.tools.peers import BaselineSSD, MaskedBranches, TorchConv, detections_of_image, judge_in_loops
 
-TINY = Settings(image_size=64, width=0.25, classes=4, choices=3, batch=3)
+TINY = Workload(image_size=64, width=0.25, classes=4, choices=3, batch=3)
 RATIO_KEYS = {
     "train_vs_fp32",
     "eval_vs_fp32",
@@ -71,7 +74,7 @@ def choices() -> Tensor:
 
 
 def scatter(network: nn.Module) -> None:
-    """Makes all parameters and statistics differ, so that no mix-up can hide; step sizes stay positive."""
+    """Makes all parameters and statistics differ, so that a mix-up shows; step sizes stay positive."""
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for tensor in [*network.parameters(), *network.buffers()]:
@@ -88,14 +91,14 @@ def count(network: nn.Module) -> int:
 
 def test_plain_network_has_the_parameters_of_the_full_precision_detector(batch: Batch, choices: Tensor) -> None:
     for width, classes in ((0.25, 4), (0.5, 21)):
-        settings = replace(TINY, width=width, classes=classes)
+        workload = replace(TINY, width=width, classes=classes)
         detector = SwitchableSSD(classes, DetectorBits.full_precision(), image_size=64, width=width)
-        assert count(plain(settings, batch.images, choices)) == count(detector)
+        assert count(fp32(workload, batch.images, choices)) == count(detector)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_plain_network_computes_what_the_full_precision_detector_does(batch: Batch, mode: str) -> None:
-    source = full_precision(TINY, batch.images)
+def test_plain_network_computes_the_outputs_of_the_full_precision_detector(batch: Batch, mode: str) -> None:
+    source = initial_network(TINY, batch.images)
     with torch.no_grad():
         for module in source.modules():
             if isinstance(module, SwitchableConv2d) and module.norm is not None:
@@ -113,10 +116,10 @@ def test_plain_network_computes_what_the_full_precision_detector_does(batch: Bat
     assert loss == expected
 
 
-def test_masked_network_computes_a_loop_over_images_each_in_its_own_branches(batch: Batch, choices: Tensor) -> None:
+def test_masked_network_equals_a_loop_over_images_each_in_its_own_branches(batch: Batch, choices: Tensor) -> None:
     network = masked(TINY, batch.images, choices).eval()
     scatter(network)
-    # In double precision, so that no value is close enough to a rounding edge to fall to either side of it.
+    # In double precision, so that no value lies near enough to a rounding edge to be rounded either way.
     network.double().stem.register_forward_pre_hook(lambda _, args: args[0].double())
     output = network(batch.images, choices)
     assert output.class_logits.dtype == torch.float64
@@ -136,12 +139,12 @@ def test_masked_network_has_k_times_the_pointwise_weights_at_k_bit_choices(batch
         convs = [module for module in network.pointwise.modules() if isinstance(module, nn.Conv2d)]
         return sum(conv.weight.numel() for conv in convs)
 
-    network, single = masked(TINY, batch.images, choices), plain(TINY, batch.images, choices)
+    network, single = masked(TINY, batch.images, choices), fp32(TINY, batch.images, choices)
     assert pointwise_weights(network) == TINY.choices * pointwise_weights(single)
     assert all(tuple(branch.bits for branch in layer.branches) == CHOICES[:3] for layer in network.pointwise)
 
 
-def test_branches_round_to_their_grids_and_every_one_gets_a_gradient_on_every_batch() -> None:
+def test_branches_round_to_their_grids_and_each_gets_a_gradient_on_every_batch() -> None:
     layer = SwitchableConv2d(4, 4, 1, [(32, 32)])
     branches = MaskedBranches(layer, [(2, 2), (8, 8)])
     seen = []
@@ -156,7 +159,7 @@ def test_branches_round_to_their_grids_and_every_one_gets_a_gradient_on_every_ba
 
 
 def test_all_rows_start_from_the_same_weights(batch: Batch, choices: Tensor) -> None:
-    a, b, c = (build(TINY, batch.images, choices) for build in (plain, masked, ours))
+    a, b, c = (build(TINY, batch.images, choices) for build in (fp32, masked, ours))
     for conv, masked_layer, block in zip(a.pointwise, b.pointwise, c.backbone.blocks, strict=True):
         for weight in [block.pointwise.weight, *(branch.conv.weight for branch in masked_layer.branches)]:
             assert torch.equal(weight, conv.conv.weight)
@@ -167,8 +170,8 @@ def test_all_rows_start_from_the_same_weights(batch: Batch, choices: Tensor) -> 
         assert torch.equal(head.conv.weight, our_head.weight)
 
 
-def test_loops_find_the_quality_of_the_batched_judge(batch: Batch, choices: Tensor) -> None:
-    network = plain(TINY, batch.images, choices).eval()
+def test_judging_in_loops_gives_the_quality_of_the_batched_judge(batch: Batch, choices: Tensor) -> None:
+    network = fp32(TINY, batch.images, choices).eval()
     with torch.no_grad():
         output = network(batch.images, choices)
         boxes, labels = batch.boxes_xyxy.clone(), batch.labels.clone()
@@ -183,7 +186,7 @@ def test_loops_find_the_quality_of_the_batched_judge(batch: Batch, choices: Tens
     assert (qualities > 0).all()
 
 
-# --- Clockwork --------------------------------------------------------------------------------------------------------
+# --- Timing -----------------------------------------------------------------------------------------------------------
 
 
 def test_actions_run_in_turn_and_the_median_leaves_out_the_warm_up() -> None:
@@ -200,7 +203,7 @@ def test_actions_run_in_turn_and_the_median_leaves_out_the_warm_up() -> None:
     assert calls == ["a", "b"] * (WARM_UPS + 3)
 
 
-def test_ratios_are_those_of_a_hand_table_and_none_where_a_row_is_left_out() -> None:
+def test_ratios_agree_with_a_hand_table_and_are_none_where_a_row_is_left_out() -> None:
     rows = {
         "fp32": {"train_seconds": 2.0, "eval_seconds": 1.0},
         "masked": {"train_seconds": 12.0, "rollout_seconds": 30.0, "memory_mib": 8000.0},
@@ -225,7 +228,7 @@ def test_ratios_are_those_of_a_hand_table_and_none_where_a_row_is_left_out() -> 
     }
 
 
-def test_synthetic_detections_have_the_counts_they_promise_and_some_are_right() -> None:
+def test_synthetic_detections_have_50_to_150_an_image_and_some_are_right() -> None:
     records = voc07_records(70)
     detected = torch.cat([(batch.det_labels > 0).sum(1) for batch in records.batches])
     assert len(records.image_ids) == len(detected) == 70
@@ -238,7 +241,7 @@ def test_synthetic_detections_have_the_counts_they_promise_and_some_are_right() 
 
 @pytest.fixture(scope="module")
 def result() -> Iterator[dict]:
-    """What `--json` prints for a tiny network; nothing is compiled, here or in the processes that it starts."""
+    """The output of `--json` for a tiny network; nothing is compiled, here or in its subprocesses."""
     words = "--image-size 64 --width 0.125 --classes 4 --choices 3 --batch 2 --repetitions 1 --json"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
@@ -250,11 +253,11 @@ def result() -> Iterator[dict]:
 
 
 @pytest.mark.slow
-def test_json_has_all_ratios_and_what_they_are_made_of(result: dict) -> None:
+def test_json_has_all_ratios_and_the_figures_they_come_from(result: dict) -> None:
     assert set(RATIOS) | {"metric_seconds_voc07", "loader_vs_decode"} == RATIO_KEYS <= set(result)
     assert all(math.isfinite(result[key]) and result[key] > 0 for key in RATIO_KEYS)
     for name, row in result["rows"].items():
-        assert set(row) == set(benchmark.PLANS[name].columns)
+        assert set(row) == set(PLANS[name].columns)
         assert all(math.isfinite(value) and value > 0 for value in row.values())
     assert set(result["train_seconds_by_batch"]) == {"1", "2"}
     assert result["settings"]["batch"] == 2
@@ -263,7 +266,7 @@ def test_json_has_all_ratios_and_what_they_are_made_of(result: dict) -> None:
 
 @pytest.mark.slow
 def test_table_has_a_line_for_every_row_and_ratio(result: dict) -> None:
-    lines = format_table(result | {"train_vs_fp32_compiled": None}).splitlines()
+    lines = format_benchmark(result | {"train_vs_fp32_compiled": None}).splitlines()
     first_words = [line.split()[0] for line in lines]
     assert first_words[0] == "row"
     assert set(result["rows"]) | RATIO_KEYS <= set(first_words)
@@ -271,26 +274,26 @@ def test_table_has_a_line_for_every_row_and_ratio(result: dict) -> None:
 
 
 @pytest.mark.slow
-def test_peak_memory_is_not_that_of_the_process_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_leaves_out_the_calling_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     held = torch.ones(100 * 2**20)  # 400 MiB
-    assert 0 < in_fresh_process("fp32", TINY) < 300
+    assert 0 < measured_training_mib("fp32", TINY) < 300
     assert held.sum() > 0
 
 
 def test_compiled_row_can_be_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     asked = []
-    monkeypatch.setattr(benchmark, "measure", lambda *arguments: asked.append(arguments) or {"rows": {}})
+    monkeypatch.setattr(benchmark, "run_benchmark", lambda *arguments: asked.append(arguments) or {"rows": {}})
     monkeypatch.setattr(torch, "compile", lambda function: function)
     main(["--no-compile", "--batch", "4"])
     main([])
-    (settings, repetitions, names, roots), (_, _, all_names, _) = asked
-    assert (settings, repetitions, roots) == (Settings(300, 1.0, 21, 3, 4), 5, [])
+    (workload, repetitions, names, roots), (_, _, all_names, _) = asked
+    assert (workload, repetitions, roots) == (Workload(300, 1.0, 21, 3, 4), 5, [])
     assert set(all_names) - set(names) == {"fp32_compiled"}
     assert capsys.readouterr().out.startswith("row")
 
 
-def test_without_a_compiler_it_says_what_to_leave_out(
+def test_without_a_compiler_the_error_names_the_option_to_pass(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def compile_nothing(*_: object) -> None:
@@ -303,8 +306,8 @@ def test_without_a_compiler_it_says_what_to_leave_out(
     assert capsys.readouterr().err.endswith("leave fp32_compiled out with --no-compile\n")
 
 
-def test_figures_have_their_limits_beside_them() -> None:
-    lines = format_table({"rows": {}, "train_vs_masked": 4.0, "memory_vs_masked": None}).splitlines()
+def test_ratios_are_printed_with_their_limits() -> None:
+    lines = format_benchmark({"rows": {}, "train_vs_masked": 4.0, "memory_vs_masked": None}).splitlines()
     assert lines[1].split() == ["train_vs_masked", "4", "(at", "least", "3.5)"]
     assert lines[2].split() == ["memory_vs_masked", "-", "(at", "most", "0.45)"]
 

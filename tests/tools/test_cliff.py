@@ -11,12 +11,13 @@ import torch
 import yaml
 
 from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import from_plain
+from instaqnas.config.reading import from_plain
 from instaqnas.detector.ssd import detector_costs
+from instaqnas.evaluation.measure import evaluate
+from instaqnas.experiment.parts import Experiment
 from instaqnas.policy.bit_config import fixed
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.tools.cliff import Landscape, UniformChoice, cliff, cliff_line, main
-from instaqnas.training.experiment import Experiment
 
 SETTINGS = {
     "detector": {"image_size": 64, "width": 0.125, "extras_batch_norm": True},
@@ -102,7 +103,7 @@ def test_figures_are_those_of_single_evaluations(folder: Path, capsys: pytest.Ca
 
     assert [row["choice"] for row in found["uniform"]] == ["w3a3", "w2a2", "w4a4"]
     for k, row in enumerate(found["uniform"]):
-        report = experiment.evaluate(detector, loader, fixed([k] * 13))
+        report = evaluate(experiment, detector, loader, fixed([k] * 13))
         assert (row["map_11pt"], row["gbitops"]) == (report.map_11pt, report.gbitops_detector)
         assert row["loss"] == pytest.approx(loss([k] * 13), rel=1e-5)
     assert found["policy_gbitops"] == policy_gbitops(experiment.policy(), 64)

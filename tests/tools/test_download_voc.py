@@ -1,4 +1,4 @@
-"""The download of VOC, from a folder of miniature archives: what is done, what is left out, what is refused."""
+"""The download of VOC from a folder of miniature archives: fetched, skipped and refused archives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from torchvision.datasets import VOCDetection
 
-from instaqnas.config import parse_command
+from instaqnas.config.command import parse_command
 from instaqnas.data.voc import VOC_CLASSES, read_split
 from instaqnas.errors import InputError
 from instaqnas.tools import download_voc as tool
@@ -28,7 +28,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Archive
 
 @pytest.fixture
 def fetch(mirror: tuple[Path, list[Archive]], tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[[], str]:
-    """Downloads to tmp_path / "data", and returns what was printed."""
+    """Downloads to tmp_path / "data" and returns the output."""
 
     def run() -> str:
         download_voc(tmp_path / "data", *mirror)
@@ -69,7 +69,7 @@ def test_archives_become_a_tree_that_the_reader_and_torchvision_read(fetch: Call
     printed = fetch()
     assert printed.splitlines()[-2:] == [
         "trainval: 16 images, test: 5 images",
-        f"the archives in {tmp_path}/data are not needed any more",
+        f"the archives in {tmp_path}/data are no longer needed",
     ]
     roots = [tmp_path / "data/VOCdevkit/VOC2007", tmp_path / "data/VOCdevkit/VOC2012"]
     assert len(read_split(roots, "trainval", VOC_CLASSES)) == 16
@@ -90,7 +90,7 @@ def test_space_is_told_beforehand_and_a_smaller_disk_is_refused(
     assert f"{tmp_path}/data: needs 0.00 GB of disk, archives included; 6.40 GB are free\n" in fetch()
 
 
-def test_what_is_there_is_not_done_again(
+def test_unpacked_archives_are_skipped(
     fetch: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch()
@@ -148,7 +148,7 @@ def test_a_mirror_without_an_archive_or_with_another_one_is_refused(
     assert refusal(tmp_path / "a", tmp_path, archives) == f"--mirror {tmp_path}: no VOCtrainval_2007.tar"
     other = [replaced(archives[0], md5="0" * 32)]
     message = refusal(tmp_path / "b", folder, other)
-    assert message == f"{folder}/VOCtrainval_2007.tar: damaged or another archive, its MD5 is not {'0' * 32}"
+    assert message == f"{folder}/VOCtrainval_2007.tar: damaged, or another archive: its MD5 is not {'0' * 32}"
     assert not (tmp_path / "b" / "VOCdevkit").exists()
 
 
@@ -176,7 +176,7 @@ def test_without_a_mirror_archives_come_from_their_address_and_a_failure_is_one_
     assert asked == [(archive.url, archive.md5) for archive in archives]
     assert message == (
         "http://voc.invalid/VOCtrainval_2012.tar: cannot be fetched (File not found or corrupted.); try again, or get "
-        "VOCtrainval_2012.tar elsewhere and name its folder with --mirror"
+        "VOCtrainval_2012.tar elsewhere and pass its folder as --mirror"
     )
 
 

@@ -11,17 +11,19 @@ import torch
 import yaml
 
 from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import from_plain, to_plain
+from instaqnas.config.reading import from_plain, to_plain
 from instaqnas.data.loader import Batch
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
+from instaqnas.evaluation.inference import detect
+from instaqnas.evaluation.measure import ImageRow, MeasuredBatch, evaluate
+from instaqnas.experiment.parts import Experiment
+from instaqnas.experiment.run_dir import RunDir
+from instaqnas.experiment.stage import stage_named
 from instaqnas.metrics.voc import DetectionRecords, RecordBatch, voc_map
 from instaqnas.policy.bit_config import fixed
 from instaqnas.seeds import generator
 from instaqnas.tools.headroom import main, map_11pt, mixed, orders
-from instaqnas.training.evaluate import ImageRow, Measured, detect
-from instaqnas.training.experiment import Experiment
-from instaqnas.training.run_dir import RunDir
-from instaqnas.training.stages import DetectorTraining
+from instaqnas.training.detector_training import DetectorTraining
 
 SETTINGS = {
     "detector": {"image_size": 64, "width": 0.125, "extras_batch_norm": True},
@@ -34,17 +36,17 @@ STAGES = {"finetune_uniform_w2a2": ["w2a2"] * 13, "finetune_uniform_w4a4": ["w4a
 BOXES = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
 
 
-def image(index: int, found: int, *, objects: int = 1, loss: float = 0.0, difficulty: float = 0.5) -> Measured:
+def image(index: int, found: int, *, objects: int = 1, loss: float = 0.0, difficulty: float = 0.5) -> MeasuredBatch:
     """A batch of one image with `objects` objects of class 1 (2 at most), of which the first `found` are detected."""
     row = ImageRow(f"{index}", [0], 1.0, -loss, objects, found, 10.0, difficulty)
     labels = torch.ones(1, 2, dtype=torch.int64)
     detections = (BOXES[None, :found], torch.full((1, found), 0.9), labels[:, :found])
     truth = (BOXES[None, :objects], labels[:, :objects], torch.zeros(1, objects, dtype=torch.bool))
-    return Measured([index], [row], RecordBatch(*detections, *truth))
+    return MeasuredBatch([index], [row], RecordBatch(*detections, *truth))
 
 
-def batch(*images: Measured) -> Measured:
-    return Measured.of([one for measured in images for one in measured.images()])
+def batch(*images: MeasuredBatch) -> MeasuredBatch:
+    return MeasuredBatch.of([one for measured in images for one in measured.images()])
 
 
 def test_each_image_counts_as_its_own_detector_has_seen_it() -> None:
@@ -87,7 +89,7 @@ def folder(make_run: Callable[..., Path]) -> Path:
         noise = generator(number)
         for head in detector.class_heads:
             head.weight.data += 0.5 * head.weight.std() * torch.randn(head.weight.shape, generator=noise)
-        run_dir = RunDir(run, stage, to_plain(config), experiment.class_names, configuration=configuration)
+        run_dir = RunDir(run, stage_named(stage), to_plain(config), experiment.class_names, configuration=configuration)
         state = DetectorTraining.begin(experiment, run_dir, detector, config.finetune).state
         state.epoch = config.search.epochs + config.finetune.epochs
         run_dir.save(state.state_dict(), best=False)
@@ -185,7 +187,7 @@ def test_a_checkpoint_runs_under_the_bits_that_it_was_trained_for(folder: Path, 
     assert found["dear"]["configuration"] == ["w4a4"] * 13
     experiment = Experiment(from_plain(yaml.safe_load((folder / "tiny.yaml").read_text())))
     detector = network(folder, experiment, "finetune_static")
-    report = experiment.evaluate(detector, experiment.test_loader(), fixed([0, *[1] * 11, 2]))
+    report = evaluate(experiment, detector, experiment.test_loader(), fixed([0, *[1] * 11, 2]))
     assert found["cheap"]["map_11pt"] == pytest.approx(report.map_11pt)
     assert found["cheap"]["gbitops"] == pytest.approx(report.gbitops_detector)
 

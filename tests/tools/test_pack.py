@@ -1,4 +1,4 @@
-"""Packing a run: what the file holds is what the run's checkpoint holds."""
+"""Packing a run: the file holds the networks of the run's checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import from_plain
+from instaqnas.config.reading import from_plain
 from instaqnas.deploy.packed import Architecture, load_packed
 from instaqnas.detector.ssd import DetectorBits
 from instaqnas.quant.integer import to_integer
@@ -43,7 +43,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def folder(make_run: Callable[..., Path]) -> Path:
-    """Holds `tiny.yaml` and `runs/tiny`, finetuned as far as the files tell."""
+    """A folder with `tiny.yaml` and the finetuned run `runs/tiny`."""
     return make_run(SETTINGS)
 
 
@@ -51,7 +51,7 @@ def pack(folder: Path, *words: str | Path) -> None:
     main(["--config", str(folder / "tiny.yaml"), *map(str, words)])
 
 
-def test_the_architecture_is_that_of_the_config() -> None:
+def test_the_architecture_follows_the_config() -> None:
     assert architecture_of(from_plain({"data": {"roots": ["none"]}, **SETTINGS})) == Architecture(
         DetectorBits(
             choices=[(2, 2), (4, 3)],
@@ -127,7 +127,7 @@ def test_an_untrained_run_is_refused(folder: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "packed.pt").exists()
 
 
-def test_other_bits_than_those_of_the_run_are_refused(
+def test_other_bits_than_the_run_was_trained_with_are_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     words = ["--run", folder / "runs" / "tiny", "--out", tmp_path / "packed.pt", "--bits.heads", "[8, 8]"]

@@ -69,7 +69,7 @@ def test_plot_is_written_into_a_new_folder(tmp_path: Path, capsys: pytest.Captur
     "content",
     ["", "[]", "{}", '{"rows": 3}', '{"rows": [{"bits": "policy"}]}', '{"rows": [{"bits": "a", "map_11pt": null}]}'],
 )
-def test_file_that_is_no_report_is_named(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_no_report_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(content)
     with pytest.raises(InputError, match=r"report\.json: not a report\.json of eval\.py"):
@@ -84,4 +84,4 @@ def test_missing_and_empty_reports_and_other_formats_are_one_line(
     empty = tmp_path / "empty.json"
     empty.write_text('{"rows": []}')
     assert f"error: {empty}: has no rows\n" == refusal([str(empty), "--out", str(tmp_path / "a.png")], capsys)
-    assert "--out a.docx: expected a name that ends in .png" in refusal([missing, "--out", "a.docx"], capsys)
+    assert "--out a.docx: expected a name ending in .png" in refusal([missing, "--out", "a.docx"], capsys)

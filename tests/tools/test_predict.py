@@ -15,14 +15,14 @@ import yaml
 from PIL import Image, ImageOps
 
 from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import from_plain
+from instaqnas.config.reading import from_plain
 from instaqnas.data.voc import read_image
+from instaqnas.deploy import predictor
 from instaqnas.detector.ssd import DetectorBits, detector_layers
+from instaqnas.evaluation.inference import detect
 from instaqnas.policy.network import PolicyNet
 from instaqnas.tools import pack
-from instaqnas.tools import predict as predict_module
 from instaqnas.tools.predict import main
-from instaqnas.training.evaluate import detect
 from instaqnas.training.stages import Experiment
 
 CHOSEN = [1, 1, 0, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0]  # the policy's choice at each position, whatever the image
@@ -248,7 +248,7 @@ def test_a_packed_file_alone_predicts_what_the_run_predicts(
     images = [write_photo(tmp_path / "a.jpg", 6), write_grey(tmp_path / "b.png", 640, 64)]
     expected = predict(*images, "--score", "0.1", "--out", tmp_path / "run")
     assert all(len(found["detections"]) > 1 for found in expected)
-    monkeypatch.setattr(predict_module, "Experiment", None)  # reads config, data and checkpoints
+    monkeypatch.setattr(predictor, "Experiment", None)  # reads config, data and checkpoints
     main(["--packed", str(packed), *map(str, images), "--score", "0.1", "--out", str(tmp_path / "packed")])
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
     for name in ("a_detections.png", "b_detections.png"):

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from instaqnas.config import Config, TrainConfig, parse_command
+from instaqnas.config.command import parse_command
+from instaqnas.config.settings import Config, TrainConfig
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.errors import InputError
 from instaqnas.tools import preflight as tool
-from instaqnas.tools.preflight import (
-    Forward,
+from instaqnas.tools import stage_figures
+from instaqnas.tools.preflight import main
+from instaqnas.tools.stage_figures import (
+    Note,
     StageFigures,
     due,
-    main,
     saves_of,
     seconds_per_image,
     steps_for,
@@ -68,13 +70,13 @@ def read(config_file: Path, *options: str) -> Config:
 # --- Times ------------------------------------------------------------------------------------------------------------
 
 
-def passes(*starts: float, images: int = 4) -> list[Forward]:
-    return [Forward(start, images) for start in starts]
+def passes(*starts: float, images: int = 4) -> list[Note]:
+    return [Note(start, images) for start in starts]
 
 
 def test_seconds_per_image_are_those_between_forward_passes() -> None:
     assert seconds_per_image(passes(10, 12, 14, 16), burst=1) == 0.5
-    assert seconds_per_image([Forward(0, 4), Forward(2, 2), Forward(3, 1)], burst=1) == 0.5  # the last has no end
+    assert seconds_per_image([Note(0, 4), Note(2, 2), Note(3, 1)], burst=1) == 0.5  # the last has no end
 
 
 def test_batches_that_arrive_in_bursts_are_counted_in_whole_bursts() -> None:
@@ -112,13 +114,13 @@ def test_a_stage_takes_what_its_parts_take() -> None:
 def measure(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageFigures]:
     """Measures a stage by a clock that goes on by one second with every forward pass it notes."""
     seconds = iter(range(10**6))
-    monkeypatch.setattr(tool.ShortExperiment, "_now", lambda _self: float(next(seconds)))
-    monkeypatch.setattr(tool.multiprocessing, "set_start_method", lambda *_args, **_kwargs: None)
-    monkeypatch.setattr(tool, "_seconds_of_a_save", lambda _path: 0.0)
-    monkeypatch.setattr(tool, "STEPS", 3)
-    monkeypatch.setattr(tool, "POLICY_STEPS", 3)
+    monkeypatch.setattr(stage_figures.ShortExperiment, "_now", lambda _self: float(next(seconds)))
+    monkeypatch.setattr(stage_figures.multiprocessing, "set_start_method", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(stage_figures, "_seconds_of_a_save", lambda _path: 0.0)
+    monkeypatch.setattr(stage_figures, "STEPS", 3)
+    monkeypatch.setattr(stage_figures, "POLICY_STEPS", 3)
     (tmp_path / "run").mkdir()
-    return lambda stage, *options: tool.measure_stage(read(config_file, *options), tmp_path / "run", stage, 0)
+    return lambda stage, *options: stage_figures.measure_stage(read(config_file, *options), tmp_path / "run", stage, 0)
 
 
 @pytest.mark.slow
@@ -259,19 +261,19 @@ def test_too_little_memory_is_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(tool, "_run", fail)
-    monkeypatch.setattr(tool.multiprocessing, "set_start_method", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(stage_figures, "_run", fail)
+    monkeypatch.setattr(stage_figures.multiprocessing, "set_start_method", lambda *_args, **_kwargs: None)
     with pytest.raises(InputError, match=r"^there is too little memory \(.+ 9 bytes\)$"):
-        tool.measure_stage(read(config_file), tmp_path, "search", 0)
+        stage_figures.measure_stage(read(config_file), tmp_path, "search", 0)
 
 
 def test_a_bug_is_not_taken_for_want_of_memory(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tool, "_run", lambda *_: tool.torch.zeros(2) @ tool.torch.zeros(3))
-    monkeypatch.setattr(tool.multiprocessing, "set_start_method", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(stage_figures, "_run", lambda *_: tool.torch.zeros(2) @ tool.torch.zeros(3))
+    monkeypatch.setattr(stage_figures.multiprocessing, "set_start_method", lambda *_args, **_kwargs: None)
     with pytest.raises(RuntimeError, match="size"):
-        tool.measure_stage(read(config_file), tmp_path, "search", 0)
+        stage_figures.measure_stage(read(config_file), tmp_path, "search", 0)
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ VOC_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "voc_paper.yaml"
 
 @pytest.fixture
 def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> dict:
-    """What --json prints where there is no data."""
+    """The output of --json without data."""
     monkeypatch.chdir(tmp_path)
     main(["--config", str(VOC_CONFIG), "--json"])
     return json.loads(capsys.readouterr().out)

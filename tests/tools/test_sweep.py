@@ -1,4 +1,4 @@
-"""The sweep: what it runs and does not run again, what it refuses, and what it reports."""
+"""The sweep: the stages it runs and skips, the input it refuses, and its report."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import cv2
 import pytest
 
 import instaqnas.tools.sweep as sweep_module
-from instaqnas.config import parse_command
+from instaqnas.config.command import parse_command
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.errors import InputError
-from instaqnas.tools.sweep import main
-from instaqnas.tools.sweep_report import SweepRun, entries, format_table, read_runs, write_files
+from instaqnas.tools.sweep import main, parse_sweep
+from instaqnas.tools.sweep_report import SweepRun, entries, markdown_table, read_runs, write_files
 from instaqnas.training import stages
 
 CONFIG = """
@@ -24,7 +24,7 @@ data: {{roots: [{root}], val_split: val, workers: 0}}
 detector: {{image_size: 64, width: 0.125, extras_batch_norm: true}}
 bits: {{choices: [[2, 2], [4, 4]]}}
 policy: {{pool: 8, width: 2, effort: true}}
-reward: {{name: budget, quality: loss, target_gbitops: 99}}  # those of a sweep replace it
+reward: {{name: budget, quality: loss, target_gbitops: 99}}  # the sweep sets its own
 pretrain_fp32: {{epochs: 1, batch_size: 4}}
 pretrain_quant: {{epochs: 1, batch_size: 4, distill_weight: 1.0}}
 search: {{epochs: 1, batch_size: 4, policy_batch_size: 4, distill_weight: 1.0, start: sensitivity}}
@@ -34,7 +34,7 @@ runtime: {{compile: off}}
 device: cpu
 """
 TARGETS = "0.11,0.112"
-# Writes down how it was called; leaves what its stages leave, or fails.
+# Records how it was called; writes the files of its stages, or fails.
 FAKE_SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -89,7 +89,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def calls(scripts: Path) -> list[str]:
-    """What was called since the last time this was asked."""
+    """The calls since the last time this was asked."""
     path = scripts / "calls"
     lines = path.read_text().splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
@@ -110,10 +110,10 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture, status: int = 2
     return message
 
 
-# --- What it runs -----------------------------------------------------------------------------------------------------
+# --- Steps ------------------------------------------------------------------------------------------------------------
 
 
-def test_pretraining_and_uniform_rivals_run_once_a_seed_and_the_rest_once_a_target(config: Path, scripts: Path) -> None:
+def test_pretraining_and_uniform_baselines_run_once_a_seed_the_rest_once_a_target(config: Path, scripts: Path) -> None:
     main(words(config, "--seeds", "0,7"))
     once = ["pretrain seed0", *ONE_SEED, *of_target("0.11"), *of_target("0.112")]
     assert calls(scripts) == [*once, *(call.replace("seed0", "seed7") for call in once)]
@@ -135,13 +135,13 @@ def test_repeated_it_runs_nothing_and_added_targets_run_alone(config: Path, scri
     assert calls(scripts) == of_target("0.115")
 
 
-def test_what_failed_is_named_with_its_log_and_goes_on_from_there(
+def test_a_failed_step_is_named_with_its_log_and_the_sweep_continues_from_there(
     config: Path, scripts: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (scripts / "broken").write_text("search")
     message = refusal(words(config), capsys)
     log = config.parent / "run" / "seed0" / "target_0.11" / "logs" / "search.log"
-    assert message == f"error: search in {log.parents[1]}: exit status 2 (error: it is broken); all of it: {log}\n"
+    assert message == f"error: search in {log.parents[1]}: exit status 2 (error: it is broken); full log: {log}\n"
     assert "first line" in log.read_text()
     assert calls(scripts) == ["pretrain seed0", *ONE_SEED, of_target("0.11")[0]]
     (scripts / "broken").unlink()
@@ -158,7 +158,7 @@ def test_with_another_setting_the_stages_are_asked_again(config: Path, scripts: 
 
 
 @pytest.mark.slow
-def test_what_is_gone_is_made_again_with_all_that_builds_on_it(config: Path, scripts: Path) -> None:
+def test_a_lost_output_is_made_again_with_all_that_depends_on_it(config: Path, scripts: Path) -> None:
     main(words(config))
     calls(scripts)
     (config.parent / "run" / "seed0" / "target_0.11" / "finetune" / "last.pt").unlink()
@@ -166,7 +166,7 @@ def test_what_is_gone_is_made_again_with_all_that_builds_on_it(config: Path, scr
     assert calls(scripts) == of_target("0.11")[1:]
 
 
-def test_what_builds_on_a_step_that_ran_again_runs_even_if_the_sweep_ended_in_between(
+def test_steps_after_one_that_ran_again_run_even_if_the_sweep_ended_in_between(
     config: Path, scripts: Path, capsys: pytest.CaptureFixture
 ) -> None:
     main(words(config))
@@ -189,7 +189,7 @@ def test_what_builds_on_a_step_that_ran_again_runs_even_if_the_sweep_ended_in_be
     assert calls(scripts) == [*of_target("0.11"), *of_target("0.112")]
 
 
-def test_a_stage_of_a_target_of_its_own_is_not_replaced_by_a_link(config: Path, scripts: Path) -> None:
+def test_a_stage_that_a_target_owns_is_not_replaced_by_a_link(config: Path, scripts: Path) -> None:
     own = config.parent / "run" / "seed0" / "target_0.11" / "finetune_uniform_w2a2"
     own.mkdir(parents=True)
     main(words(config, "--targets", "0.11"))
@@ -209,16 +209,16 @@ def test_a_damaged_record_is_named(config: Path, scripts: Path, capsys: pytest.C
     [
         (["--targets", ""], "--targets: expected numbers such as 1,2, got ''"),
         (["--targets", "0.11,x"], "--targets: expected numbers such as 1,2, got '0.11,x'"),
-        (["--targets", "0.11,0.110"], "--targets: 0.11 is there twice"),
+        (["--targets", "0.11,0.110"], "--targets: 0.11 occurs twice"),
         (["--targets", "0.11,5"], "--targets: expected 0.1084 to 0.1171 GBitOps"),
         (["--targets=-1"], "reward.target_gbitops: expected at least 0, got -1.0"),
-        (["--seeds", "1,1"], "--seeds: 1 is there twice"),
+        (["--seeds", "1,1"], "--seeds: 1 occurs twice"),
         (["--seeds", "0.5"], "--seeds: expected numbers such as 1,2, got '0.5'"),
         (["--seeds=-1"], "seed: expected 0 to 4294967295, got -1"),
         (["--search.epoch", "3"], "unknown option --search.epoch; did you mean --search.epochs?"),
-        (["--restart"], "--restart: not for all stages of a sweep; give it to one"),
-        (["--init=last.pt"], "--init: not for all stages of a sweep"),
-        (["--seed=3"], "--seed: the sweep sets it itself"),
+        (["--restart"], "--restart: does not apply to a sweep; pass it to one stage's script"),
+        (["--init=last.pt"], "--init: does not apply to a sweep"),
+        (["--seed=3"], "--seed: set by the sweep itself"),
         (["--search.epochs", "0"], "search.epochs: expected at least 1, got 0"),
         (["--data.roots=[nowhere]"], "nowhere"),
     ],
@@ -231,8 +231,13 @@ def test_bad_input_is_one_line_before_anything_starts(
     assert not (config.parent / "run").exists()
 
 
+def test_long_seeds_are_told_apart(config: Path) -> None:
+    sweep, _ = parse_sweep(words(config, "--seeds", "1234567,1234568"))
+    assert sweep.seeds == (1234567, 1234568)
+
+
 @pytest.mark.slow
-def test_the_real_stages_share_pretraining_and_rivals(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_stages_share_pretraining_and_baselines(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def in_this_process(command: list[str], **_: object) -> subprocess.CompletedProcess:
         stage = Path(command[1]).stem
         getattr(stages, f"run_{stage}")(parse_command(stage, command[2:]))
@@ -278,7 +283,7 @@ def test_a_stage_ends_with_the_sweep(config: Path, scripts: Path) -> None:
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
-# --- What it reports --------------------------------------------------------------------------------------------------
+# --- Report -----------------------------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path, seed: int, target: float, **rows: tuple[float, float, dict]) -> SweepRun:
@@ -333,9 +338,9 @@ def test_means_and_spreads_are_over_seeds_and_differences_seed_by_seed(reported:
     assert found[None, "fp32"].off_target_percent is None
 
 
-def test_table_and_files_say_it_all(reported: list[SweepRun], tmp_path: Path) -> None:
+def test_table_and_files_hold_all_figures(reported: list[SweepRun], tmp_path: Path) -> None:
     runs, missing = read_runs(reported)
-    table = format_table(runs)
+    table = markdown_table(runs)
     assert "sample standard deviation over seeds 0, 1;" in table
     assert "| 1.8 | policy | 71.00 ± 1.41 |  | 1.7900 ± 0.0283 | -0.56 ± 1.57 % | 40 | 0.60 | 9 | 2 |" in table
     assert "| 1.8 | static | 69.50 ± 0.71 | 1.50 ± 0.71 | 1.7800 ± 0.0283 | -1.11 ± 1.57 % | 1 |  | 0 | 2 |" in table

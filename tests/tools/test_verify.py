@@ -12,8 +12,9 @@ import yaml
 from torch import nn
 
 from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import from_plain
+from instaqnas.config.reading import from_plain
 from instaqnas.detector.ssd import SwitchableSSD
+from instaqnas.experiment.handover import Checkpoint
 from instaqnas.quant.integer import IntegerConv2d, to_integer
 from instaqnas.quant.switchable import SwitchableConv2d
 from instaqnas.tools import verify
@@ -105,8 +106,8 @@ def test_nothing_differs_where_the_policy_looks_at_the_stem(
     policy.load_state_dict(networks["policy"])
     watches = [Watch(detector), Watch(policy)]
     for batch in experiment.test_loader():
-        choices = policy(detector.look(batch.images).seen).argmax(-1)
-        detector(batch.images, choices, detector.look(batch.images).stem)
+        choices = policy(detector.observe(batch.images).input).argmax(-1)
+        detector(batch.images, choices, detector.observe(batch.images).stem)
     looked_twice = IMAGES * 3 * 64 * 64  # above; what is compared is computed once
     assert found["policy"]["levels"] == watches[0].levels + watches[1].levels - looked_twice
 
@@ -190,14 +191,14 @@ def test_half_a_level_too_much_is_counted(run_verify: Callable[..., dict], monke
     def half_higher(_module: nn.Module, _args: tuple, output: tuple) -> tuple:
         return output[0] + 0.5 * output[0].sign(), output[1]
 
-    load = verify.load_network
+    load = Checkpoint.load
 
-    def spoilt(experiment: Experiment, network: nn.Module, name: str, *args: object, **settings: object) -> None:
-        load(experiment, network, name, *args, **settings)
+    def spoilt(source: Checkpoint, experiment: Experiment, network: nn.Module, name: str, *args: object) -> None:
+        load(source, experiment, network, name, *args)
         if name == "detector":
             network.box_heads[0].input_quantizer.register_forward_hook(half_higher)
 
-    monkeypatch.setattr(verify, "load_network", spoilt)
+    monkeypatch.setattr(Checkpoint, "load", spoilt)
     found = run_verify("--random", "0")
     assert found["status"] == 1
     assert set(found["policy"]["different_levels"]) == {"box_heads.0"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from instaqnas.config import TrainConfig
+from instaqnas.config.settings import TrainConfig
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
 
 

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from instaqnas.config import Command
+from instaqnas.config.command import Command
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
+from instaqnas.evaluation.sensitivity import Sensitivity
+from instaqnas.experiment.handover import pretrained_checkpoint
+from instaqnas.experiment.parts import Experiment
 from instaqnas.policy.budget import Multiplier
 from instaqnas.policy.diagnostics import rank_correlation
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.switchable import calibrate
 from instaqnas.training import policy_start, stages
-from instaqnas.training.experiment import Experiment, load_network, pretrained_checkpoint
 from instaqnas.training.policy_start import begin_by_loss
-from instaqnas.training.sensitivity import Sensitivity
 
 OPTIONS = (
     "--reward.name=budget", "--reward.quality=loss", "--policy.effort=true", "--search.start=sensitivity",
@@ -62,7 +63,7 @@ def test_an_image_gets_what_is_best_at_the_price_the_more_the_more_loss_it_has_u
     monkeypatch.setattr(policy_start, "sensitivity_of", lambda *_: Sensitivity(found.tolist(), found.tolist()))
     experiment, source = Experiment(command.config), pretrained_checkpoint(command)
     detector, policy = experiment.adaptive_detector().eval(), experiment.policy()
-    load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
+    source.load(experiment, detector, "detector", ("pretrain_quant",))
     images = torch.cat([batch.images for batch in experiment.policy_images()])
     with torch.no_grad():
         calibrate(policy, lambda: policy(images))
@@ -101,15 +102,15 @@ def test_a_search_begins_there(
         begun.append(begin_by_loss(*args))
         return begun[-1]
 
-    monkeypatch.setattr(stages, "begin_by_loss", watched)
+    monkeypatch.setattr(policy_start, "begin_by_loss", watched)
     multipliers = []
-    train = stages.PolicyTraining.epoch
+    train = stages.PolicyTraining.train_epoch
 
     def epoch(self: stages.PolicyTraining, *args: object) -> dict[str, float]:
-        multipliers.append(self.state.multiplier)
+        multipliers.append(self.training.state.multiplier)
         return train(self, *args)
 
-    monkeypatch.setattr(stages.PolicyTraining, "epoch", epoch)
+    monkeypatch.setattr(stages.PolicyTraining, "train_epoch", epoch)
     stages.run_search(command)
     assert multipliers[0] == begun[0]
     assert len(begun) == 1
@@ -129,7 +130,7 @@ def test_a_target_without_room_begins_at_the_cheapest_configuration(
     reward = replace(command.config.reward, target_gbitops=lowest * (1 + 1e-9))
     experiment = Experiment(replace(command.config, reward=reward))
     policy = experiment.policy()
-    load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
+    source.load(experiment, detector, "detector", ("pretrain_quant",))
     with torch.no_grad():
         calibrate(policy, lambda: policy(experiment.calibration_batch().images))
     assert begin_by_loss(experiment, source, detector.eval(), policy, own).integral > 0
@@ -161,7 +162,7 @@ def test_the_fit_sees_other_flips_in_every_epoch_and_the_same_ones_again(
     monkeypatch.setattr(policy_start, "_flipped", watched)
     experiment, source = Experiment(command.config), pretrained_checkpoint(command)
     detector = experiment.adaptive_detector().eval()
-    load_network(experiment, detector, "detector", source, stages=("pretrain_quant",))
+    source.load(experiment, detector, "detector", ("pretrain_quant",))
     for _ in range(2):
         policy = experiment.policy()
         with torch.no_grad():
@@ -176,5 +177,5 @@ def test_the_fit_sees_other_flips_in_every_epoch_and_the_same_ones_again(
 def test_a_process_that_computes_alone_has_all_images(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = Experiment(command.config)
     every = [key.index for batch in experiment.policy_images() for key in batch.keys]
-    monkeypatch.setattr("instaqnas.training.distributed.rank", lambda: 1)  # of several, under `ranks.alone`
+    monkeypatch.setattr("instaqnas.distributed.rank", lambda: 1)  # of several, under `distributed.alone`
     assert [key.index for batch in experiment.policy_images() for key in batch.keys] == every == list(range(8))

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,11 +22,13 @@ from kill_and_resume import differing, fingerprint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import instaqnas.checkpoint as checkpoint
+import instaqnas.training.detector_training as detector_training
 import instaqnas.training.stages as stages
 from instaqnas.checkpoint import load_checkpoint
-from instaqnas.config import Command
+from instaqnas.config.command import Command
 from instaqnas.errors import InputError, TrainingError
-from instaqnas.training.run_dir import RunDir, section_of
+from instaqnas.experiment.run_dir import RunDir
+from instaqnas.experiment.stage import stage_named
 
 EVERY_STEP = "save_minutes=1e-9"
 RUN = {
@@ -112,12 +115,12 @@ def test_a_stage_interrupted_after_each_checkpoint_ends_as_a_whole_one(
     options: tuple[str, ...],
     checkpoints: int,
 ) -> None:
-    monkeypatch.setattr(stages, "LOG_EVERY", 1)
+    monkeypatch.setattr(detector_training, "LOG_EVERY", 1)
     before = {"pretrain": (), "search": ("pretrain_fp32", "pretrain_quant"), "finetune": ("pretrain_quant", "search")}
     whole, interrupted = (
         copy_stages(finished_run, tmp_path / name, *before[script]) for name in ("whole", "interrupted")
     )
-    options = (*options, *(f"--{section_of(stage)}.{EVERY_STEP}" for stage in stages_of_script))
+    options = (*options, *(f"--{stage_named(stage).section}.{EVERY_STEP}" for stage in stages_of_script))
     RUN[script](make_command(script, whole, *options))
     assert interrupt_after_each_checkpoint(RUN[script], make_command(script, interrupted, *options)) == checkpoints + 1
     for stage in stages_of_script:
@@ -143,12 +146,13 @@ def test_a_resumed_epoch_reads_only_the_images_that_are_left(
             stages.run_finetune(command)
     assert load_checkpoint(run / "finetune" / "last.pt")["running"]["detector"]["steps"] == 1
     read = []
-    train = stages.train_detector_epoch
+    step = detector_training.detector_step
 
-    def watched_train(network, batches, *args, **settings) -> None:
-        train(network, (read.append(batch.image_ids) or batch for batch in batches), *args, **settings)
+    def watched_step(network, batch, *args, **settings):
+        read.append(batch.image_ids)
+        return step(network, batch, *args, **settings)
 
-    monkeypatch.setattr(stages, "train_detector_epoch", watched_train)
+    monkeypatch.setattr(detector_training, "detector_step", watched_step)
     stages.run_finetune(command)
     assert len(read) == 1
     assert len(read[0]) == 4
@@ -197,6 +201,40 @@ def test_a_finished_stage_of_before_there_were_checkpoints_in_mid_epoch_is_compl
     before = (run / "finetune" / "last.pt").read_bytes()
     stages.run_finetune(make_command("finetune", run))
     assert (run / "finetune" / "last.pt").read_bytes() == before
+
+
+def open_locks() -> list[str]:
+    """Files named .lock that this process has open."""
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return [link for link in links if link.endswith("/.lock")]
+
+
+def test_a_stage_unlocks_its_folder_whether_it_trains_is_complete_or_fails(
+    finished_run: Path, make_command, tmp_path: Path
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "search")
+    before = open_locks()
+    for _ in range(2):  # the second time it is complete
+        stages.run_finetune(make_command("finetune", run))
+        assert open_locks() == before
+    with pytest.raises(InputError, match="was begun otherwise"):
+        stages.run_finetune(make_command("finetune", run, "--finetune.lr=1"))
+    assert open_locks() == before
+
+
+def test_a_stage_goes_on_after_its_images_have_moved_but_not_with_others(
+    finished_run: Path, make_command, config_file: Path, tmp_path: Path
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "search", "finetune")
+    shutil.copytree(config_file.parent / "shapes", tmp_path / "moved")
+    options = (f"--data.roots=[{tmp_path}/moved]",)
+    before = (run / "finetune" / "last.pt").read_bytes()
+    stages.run_finetune(make_command("finetune", run, *options))
+    assert (run / "finetune" / "last.pt").read_bytes() == before
+    path = tmp_path / "moved" / "Annotations" / "train_000001.xml"  # the same id, another box
+    path.write_text(re.sub(r"<xmin>(\d+)", lambda m: f"<xmin>{int(m[1]) + 1}", path.read_text(), count=1))
+    with pytest.raises(InputError, match="with other training images: 8 then, 8 now"):
+        stages.run_finetune(make_command("finetune", run, *options))
 
 
 # --- What fails on the way --------------------------------------------------------------------------------------------

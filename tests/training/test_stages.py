@@ -15,16 +15,22 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import instaqnas.training.detector_epoch as detector_epoch
+import instaqnas.evaluation.comparison as comparison
+import instaqnas.training.detector_step as detector_step
+import instaqnas.training.detector_training as detector_training
 import instaqnas.training.policy_training as policy_training
 import instaqnas.training.stages as stages
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
-from instaqnas.config import Config, from_plain, parse_command
-from instaqnas.detector.ssd import SwitchableSSD
+from instaqnas.config.command import parse_command
+from instaqnas.config.reading import from_plain
+from instaqnas.config.settings import Config
+from instaqnas.detector.distillation import distillation_loss
+from instaqnas.detector.ssd import SSDOutput, SwitchableSSD
 from instaqnas.errors import InputError, TrainingError
-from instaqnas.quant.switchable import PerChoiceBatchNorm
-from instaqnas.training.rivals import further_epochs
-from instaqnas.training.run_dir import best_checkpoint
+from instaqnas.evaluation.measure import evaluate
+from instaqnas.experiment.handover import Checkpoint, best_checkpoint
+from instaqnas.experiment.stage import PRETRAIN_QUANT, SEARCH
+from instaqnas.quant.batch_norm import PerChoiceBatchNorm
 
 GPU_SUMS = "a GPU adds in no fixed order: weights of two runs agree closely, not bit for bit"
 STAGES = ("pretrain_fp32", "pretrain_quant", "search", "finetune")
@@ -72,6 +78,15 @@ def test_best_checkpoint_is_the_epoch_with_the_highest_val_map(finished_run: Pat
     assert best["epoch"] == maps.index(max(maps)) + 1
 
 
+def test_a_search_keeps_its_last_epoch_and_finetuning_starts_from_it(
+    finished_run: Path, make_command, tmp_path: Path, watch: Watch
+) -> None:
+    run = copy_stages(finished_run, tmp_path / "run", "search")
+    assert best_checkpoint(run, SEARCH) == run / "search" / "last.pt"  # the best mAP is an early, expensive policy's
+    stages.run_finetune(make_command("finetune", run))
+    assert_same(load_checkpoint(run / "search" / "last.pt")["networks"]["detector"], watch.trained[0])
+
+
 def test_report_has_a_row_for_every_way_to_choose_bits(finished_run: Path) -> None:
     report = read_report(finished_run)
     assert tuple(row["bits"] for row in report["rows"]) == BITS
@@ -114,7 +129,7 @@ def test_tensorboard_shows_losses_rewards_choices_and_pictures(finished_run: Pat
 def test_search_changes_the_policy_and_finetuning_does_not(finished_run: Path, make_command) -> None:
     fresh = stages.Experiment(make_command("search", finished_run).config).policy().cpu().state_dict()
     searched = load_checkpoint(finished_run / "search" / "last.pt")["networks"]["policy"]
-    best = load_checkpoint(best_checkpoint(finished_run, "search"))["networks"]["policy"]
+    best = load_checkpoint(best_checkpoint(finished_run, SEARCH))["networks"]["policy"]
     finetuned = load_checkpoint(finished_run / "finetune" / "last.pt")["networks"]["policy"]
     assert not torch.equal(fresh["head.weight"], searched["head.weight"])
     assert all(torch.equal(best[name], value) for name, value in finetuned.items())
@@ -125,9 +140,11 @@ def test_batch_norm_has_the_statistics_of_what_the_finished_policy_chooses(
 ) -> None:
     run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "pretrain_quant")
     order = []
-    meet, reestimate = stages.PolicyTraining.meet_budget, stages.reestimate_batch_norm
+    meet, reestimate = stages.PolicyTraining.meet_budget, detector_training.reestimate_batch_norm
     monkeypatch.setattr(stages.PolicyTraining, "meet_budget", lambda self: order.append("policy") or meet(self))
-    monkeypatch.setattr(stages, "reestimate_batch_norm", lambda *args: order.append("statistics") or reestimate(*args))
+    monkeypatch.setattr(
+        detector_training, "reestimate_batch_norm", lambda *args: order.append("statistics") or reestimate(*args)
+    )
     stages.run_search(make_command("search", run, "--search.batch_norm_batches=1"))
     assert order == ["policy", "statistics"]
 
@@ -138,13 +155,13 @@ def test_batch_renorm_is_that_of_the_stage(
 ) -> None:
     run = copy_stages(finished_run, tmp_path / "run", "pretrain_fp32", "pretrain_quant", "search")
     seen = set()
-    train = stages.train_detector_epoch
+    step = detector_training.detector_step
 
-    def watched(network: torch.nn.Module, *args: object, **settings: object) -> None:
+    def watched(network: torch.nn.Module, *args: object, **settings: object) -> detector_step.StepResult:
         seen.update(m.renormalize for m in network.modules() if isinstance(m, PerChoiceBatchNorm))
-        train(network, *args, **settings)
+        return step(network, *args, **settings)
 
-    monkeypatch.setattr(stages, "train_detector_epoch", watched)
+    monkeypatch.setattr(detector_training, "detector_step", watched)
     stages.run_finetune(make_command("finetune", run, f"--finetune.batch_renorm={str(on).lower()}"))
     assert seen == {on}
 
@@ -153,7 +170,7 @@ def test_search_can_leave_the_detector_as_it_was_pretrained(finished_run: Path, 
     run = copy_stages(finished_run, tmp_path / "run", "pretrain_quant")  # no teacher: there is nothing to distill into
     options = ("--search.train_detector=false", "--search.distill_weight=1")
     stages.run_search(make_command("search", run, *options))
-    pretrained = load_checkpoint(best_checkpoint(run, "pretrain_quant"))["networks"]["detector"]
+    pretrained = load_checkpoint(best_checkpoint(run, PRETRAIN_QUANT))["networks"]["detector"]
     searched = load_checkpoint(run / "search" / "last.pt")
     assert all(torch.equal(pretrained[name], value) for name, value in searched["networks"]["detector"].items())
     fresh = stages.Experiment(make_command("search", run).config).policy().cpu().state_dict()
@@ -167,8 +184,8 @@ def test_search_can_leave_the_detector_as_it_was_pretrained(finished_run: Path, 
     stages.run_finetune(make_command("finetune", run, *options))
     with pytest.raises(InputError, match=r"^search\.train_detector: false in the search of .*, here true"):
         stages.run_finetune(make_command("finetune", run, "--bits", "static"))
-    assert further_epochs(load_checkpoint(run / "search" / "last.pt")) == 0
-    assert further_epochs(load_checkpoint(run / "finetune" / "last.pt")) == 1
+    assert Checkpoint.read(run / "search" / "last.pt").further_epochs == 0
+    assert Checkpoint.read(run / "finetune" / "last.pt").further_epochs == 1
 
 
 def test_a_search_that_leaves_the_detector_alone_can_renew_its_batch_norm(
@@ -178,7 +195,7 @@ def test_a_search_that_leaves_the_detector_alone_can_renew_its_batch_norm(
     stages.run_search(make_command("search", run, "--search.train_detector=false", "--search.batch_norm_batches=1"))
     before, after = (
         load_checkpoint(path)["networks"]["detector"]
-        for path in (best_checkpoint(run, "pretrain_quant"), run / "search" / "last.pt")
+        for path in (best_checkpoint(run, PRETRAIN_QUANT), run / "search" / "last.pt")
     )
     changed = {name.rpartition(".")[2] for name, value in before.items() if not torch.equal(after[name], value)}
     assert changed == {"running_mean", "running_var"}
@@ -336,9 +353,11 @@ def test_infinite_loss_stops_naming_step_and_images_and_keeps_the_checkpoint(
 ) -> None:
     run = copy_stages(finished_run, tmp_path / "run", "search")
     monkeypatch.setattr(
-        detector_epoch, "multibox_loss", lambda *_: {"box": torch.tensor(math.inf), "class": torch.ones(())}
+        detector_step, "multibox_loss", lambda offsets, *_: {"box": math.inf + offsets.sum(), "class": torch.ones(())}
     )
-    with pytest.raises(TrainingError, match=r"step 0: loss is inf; images of the batch: train_00000\d, train_00000\d"):
+    with pytest.raises(
+        TrainingError, match=r"step 0: the loss is inf; .*images of the batch: train_00000\d, train_00000\d"
+    ):
         stages.run_finetune(make_command("finetune", run))
     assert load_checkpoint(run / "search" / "last.pt")["epoch"] == 2
 
@@ -364,7 +383,7 @@ def test_restarted_pretraining_sets_both_of_its_stages_aside_at_once(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "train_detector_epoch", interrupt)
+    monkeypatch.setattr(detector_training, "detector_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         stages.run_pretrain(make_command("pretrain", run, "--restart"))
     assert not (run / "pretrain_quant").exists()
@@ -475,7 +494,7 @@ class Watch:
     measured: the detector at each validation.
     judging: the detector that judges the policy, at the beginning of each epoch.
     choices: bit configurations that the detector was trained under.
-    distill: the loss of the last epoch.
+    teacher: of the last step.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,35 +502,37 @@ class Watch:
         self.measured: list[State] = []
         self.judging: list[State] = []
         self.choices: list[torch.Tensor] = []
-        self.distill: stages.Distill | None = None
-        train, evaluate, judge = stages.train_detector_epoch, stages.Experiment.evaluate, policy_training.build_judge
+        self.teacher: detector_step.Teacher | None = None
+        step, judge = detector_training.detector_step, policy_training.PolicyTraining.judge
+        evaluations = {module: module.evaluate for module in (detector_training, comparison)}
 
-        def watched_train(detector, batches, choose_bits, *args, on_step, distill, **settings):
-            def after_step(scalars: dict[str, float]) -> None:
-                self.trained.append(copied(detector))
-                on_step(scalars)
-
+        def watched_step(detector, batch, choose_bits, *args, teacher, **settings):
             def watched_choose(*images) -> torch.Tensor:
                 self.choices.append(choose_bits(*images))
                 return self.choices[-1]
 
             if not self.trained:
                 self.trained.append(copied(detector))
-            self.distill = distill
-            train(detector, batches, watched_choose, *args, on_step=after_step, distill=distill, **settings)
+            self.teacher = teacher
+            result = step(detector, batch, watched_choose, *args, teacher=teacher, **settings)
+            self.trained.append(copied(detector))
+            return result
 
-        def watched_evaluate(experiment, detector, *args):
-            self.measured.append(copied(detector))
-            return evaluate(experiment, detector, *args)
+        def watched_evaluate(evaluate):
+            def watched(experiment, detector, *args):
+                self.measured.append(copied(detector))
+                return evaluate(experiment, detector, *args)
 
-        def watched_judge(experiment, detector, *args):
-            assert not detector.training
-            self.judging.append(copied(detector))
-            return judge(experiment, detector, *args)
+            return watched
 
-        monkeypatch.setattr(stages, "train_detector_epoch", watched_train)
-        monkeypatch.setattr(stages.Experiment, "evaluate", watched_evaluate)
-        monkeypatch.setattr(policy_training, "build_judge", watched_judge)
+        def watched_judge(learning, progress):
+            self.judging.append(copied(learning.training.result))
+            return judge(learning, progress)
+
+        monkeypatch.setattr(detector_training, "detector_step", watched_step)
+        for module, evaluation in evaluations.items():
+            monkeypatch.setattr(module, "evaluate", watched_evaluate(evaluation))
+        monkeypatch.setattr(policy_training.PolicyTraining, "judge", watched_judge)
 
 
 @pytest.fixture
@@ -572,10 +593,10 @@ def test_distillation_and_sandwich_in_quantized_pretraining(
     images = experiment.picture_batch().images
     with torch.no_grad():
         wanted = network(images, torch.zeros(len(images), 13, dtype=torch.int64))
-    output = stages.SSDOutput(torch.zeros_like(wanted.box_offsets), torch.zeros_like(wanted.class_logits))
-    expected = 0.5 * stages.distillation_loss(output, wanted)
+    output = SSDOutput(torch.zeros_like(wanted.box_offsets), torch.zeros_like(wanted.class_logits))
+    expected = 0.5 * distillation_loss(output, wanted)
     assert expected > 0
-    torch.testing.assert_close(watch.distill([images])[0](output), expected)
+    torch.testing.assert_close(watch.teacher.losses([images])[0](output), expected)
 
 
 def test_distillation_without_a_full_precision_network_names_what_is_missing(
@@ -642,9 +663,9 @@ def test_batch_norm_ends_with_the_statistics_of_augmented_training_images(
 def test_a_best_epoch_before_the_last_has_these_statistics_and_training_goes_on_as_without(
     finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, falling = stages.Experiment.evaluate, iter([0.5, 0.4] * 2)
+    evaluate, falling = detector_training.evaluate, iter([0.5, 0.4] * 2)
     monkeypatch.setattr(
-        stages.Experiment, "evaluate", lambda *arguments: replace(evaluate(*arguments), map_11pt=next(falling))
+        detector_training, "evaluate", lambda *arguments: replace(evaluate(*arguments), map_11pt=next(falling))
     )
     last = {}
     for batches in (0, 5):
@@ -770,7 +791,7 @@ def test_a_search_ends_at_its_budget(
     detector.load_state_dict(state["networks"]["detector"])
     policy.load_state_dict(state["networks"]["policy"])
     loader = experiment.eval_loader("train", experiment.config.data.roots)
-    report = experiment.evaluate(detector, loader, stages.greedy_by(policy), stages.policy_gbitops(policy, 64))
+    report = evaluate(experiment, detector, loader, stages.greedy_by(policy), stages.policy_gbitops(policy, 64))
     assert report.gbitops_total == pytest.approx(lines[-1]["diagnostics/gbitops"])
     if "--search.baseline=rloo" in options:
         quality = sum(image.quality for image in report.per_image) / len(report.per_image)
@@ -784,7 +805,7 @@ def test_the_negative_loss_is_a_quality_from_one_run_of_the_detector(
 ) -> None:
     runs, forward = [], SwitchableSSD.forward
 
-    def counted(detector: SwitchableSSD, images: torch.Tensor, *args: object) -> stages.SSDOutput:
+    def counted(detector: SwitchableSSD, images: torch.Tensor, *args: object) -> SSDOutput:
         if len(images) > 1 or images.any():  # not to measure its cost
             runs.append(len(images))
         return forward(detector, images, *args)
@@ -798,7 +819,7 @@ def test_the_negative_loss_is_a_quality_from_one_run_of_the_detector(
         qualities = [float(row["quality"]) for row in csv.DictReader(file)]
     experiment = stages.Experiment(command.config)
     detector = experiment.quantized_detector().eval()
-    source = best_checkpoint(finished_run, "pretrain_quant")
+    source = best_checkpoint(finished_run, PRETRAIN_QUANT)
     detector.load_state_dict(load_checkpoint(source)["networks"]["detector"])
     expected = []
     for batch in experiment.test_loader():
@@ -820,7 +841,7 @@ def test_a_policy_on_the_stem_keeps_the_stem_of_pretraining_and_shares_it(
     options = ("--policy.input=stem", "--finetune.batch_norm_batches=2", "--search.ema_decay=0.5")
     stages.run_search(make_command("search", run, *options))
     stages.run_finetune(make_command("finetune", run, *options))
-    before = load_checkpoint(best_checkpoint(run, "pretrain_quant"))["networks"]["detector"]
+    before = load_checkpoint(best_checkpoint(run, PRETRAIN_QUANT))["networks"]["detector"]
     for stage in ("search", "finetune"):
         after = load_checkpoint(run / stage / "last.pt")["networks"]["detector"]
         changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
@@ -829,7 +850,7 @@ def test_a_policy_on_the_stem_keeps_the_stem_of_pretraining_and_shares_it(
 
     handed_on, forward = [], SwitchableSSD.forward
 
-    def watched(detector: SwitchableSSD, images: torch.Tensor, choices: torch.Tensor, stem=None) -> stages.SSDOutput:
+    def watched(detector: SwitchableSSD, images: torch.Tensor, choices: torch.Tensor, stem=None) -> SSDOutput:
         handed_on.append(stem is not None)
         return forward(detector, images, choices, stem)
 
@@ -848,14 +869,15 @@ def test_the_policys_images_are_kept_from_the_detector_in_all_stages(
     run, options = tmp_path / "run", ("--data.policy_share=0.5", "--data.cache=ram")
     trained, learned = set(), set()
 
-    def watch(train, seen: set[str]):
-        def watched(network, batches, *args, **settings) -> None:
-            train(network, (seen.update(batch.image_ids) or batch for batch in batches), *args, **settings)
+    def watch(step, seen: set[str]):
+        def watched(network, batch, *args, **settings):
+            seen.update(batch.image_ids)
+            return step(network, batch, *args, **settings)
 
         return watched
 
-    monkeypatch.setattr(stages, "train_detector_epoch", watch(stages.train_detector_epoch, trained))
-    monkeypatch.setattr(policy_training, "train_policy_epoch", watch(policy_training.train_policy_epoch, learned))
+    monkeypatch.setattr(detector_training, "detector_step", watch(detector_training.detector_step, trained))
+    monkeypatch.setattr(policy_training, "policy_step", watch(policy_training.policy_step, learned))
     for stage in ("pretrain", "search", "finetune"):
         getattr(stages, f"run_{stage}")(make_command(stage, run, *options))
     assert len(trained) == len(learned) == 4

@@ -1,0 +1,137 @@
+"""The command line of the four entry scripts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from instaqnas.bits import BitChoice, choice_name
+from instaqnas.config.reading import SettingParser, did_you_mean, read_yaml
+from instaqnas.config.settings import Config
+from instaqnas.errors import InputError
+
+_STAGES = {
+    "pretrain": "Trains the detector in full precision, then quantized under random bit configurations.",
+    "search": "Trains the policy, and the detector under the configurations sampled from it.",
+    "finetune": "Trains the detector under the frozen, greedy policy, or under one fixed bit configuration.",
+    "eval": "Reports detection quality and cost on the test split.",
+}
+_INIT_TEXT = {
+    "pretrain": "skip the full-precision training and quantize the detector of this checkpoint",
+    "search": "start from this checkpoint, not from the pretrained one of the run",
+    "finetune": "start from this checkpoint, not from the searched one of the run (fixed --bits: the pretrained one)",
+    "eval": "evaluate this checkpoint, not the one of the run's latest stage",
+}
+SEVERAL_BITS = ("basic", "all")  # tables of eval.py: without and with the baselines that take a search of their own
+_BITS = {  # ways to choose bits in a stage, in addition to `uniform:w3a4` and so on
+    "finetune": ("policy", "static", "modal"),
+    "eval": ("policy", "fp32", "random", "shuffled", "frequencies", "modal", "static", *SEVERAL_BITS),
+}
+
+
+def known_bits(stage: str, choices: Sequence[BitChoice]) -> list[str]:
+    """Returns the values of `--bits` in finetune or eval; each of the choices adds one, such as `uniform:w3a4`."""
+    return [*_BITS[stage], *(f"uniform:{choice_name(choice)}" for choice in choices)]
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command of an entry script.
+
+    Args:
+        config: every setting of the experiment.
+        run: folder that all stages of one experiment write to.
+        init: checkpoint to start from; None takes the checkpoint of the previous stage.
+        restart: start the stage over instead of continuing it; its earlier folder is kept as FOLDER.old-1.
+        bits: how bits are chosen, one of `known_bits`; an option of finetune.py and eval.py only.
+    """
+
+    config: Config
+    run: Path
+    init: Path | None = None
+    restart: bool = False
+    bits: str = "policy"
+
+
+def parse_command(stage: str, argv: list[str] | None = None) -> Command:
+    """Returns the command for `stage` (pretrain, search, finetune or eval) from `argv` (default: the process's own).
+
+    Settings come from the YAML file, then from options such as `--search.epochs 3`; `--help` prints them and exits.
+
+    Raises:
+        InputError: a file that is missing or not valid YAML, an unknown key or option, a value of the wrong type or
+            outside its range. The message is one line and names the file, key or option.
+    """
+    settings = SettingParser()
+    options, overrides = _stage_parser(stage, settings).parse_known_args(argv)
+    _check_options(overrides, [*settings.settings, *vars(options)])
+    if options.config is None:
+        raise InputError(f"--config FILE is missing, such as: python {stage}.py --config configs/shapes.yaml")
+    content = read_yaml(options.config)
+    try:
+        values = settings.read(content)
+    except InputError as error:
+        raise InputError(f"{options.config}: {error}") from None
+    config = settings.build(settings.parse_args(overrides, namespace=values))
+    if options.init is not None and not options.init.is_file():
+        raise InputError(f"--init {options.init}: no such file")
+    if stage in _BITS:
+        known = known_bits(stage, config.bits.choices)
+        if options.bits not in known:
+            raise InputError(f"--bits: expected one of {', '.join(known)}, got {options.bits}")
+    return Command(
+        config=config,
+        run=options.run or Path("runs") / options.config.stem,
+        init=options.init,
+        restart=getattr(options, "restart", False),  # eval has no such option
+        bits=getattr(options, "bits", "policy"),  # nor do pretrain and search have this one
+    )
+
+
+class _StageParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _stage_parser(stage: str, settings: SettingParser) -> argparse.ArgumentParser:
+    """Returns the parser of the options that are not settings.
+
+    It is apart from `settings` because jsonargparse cannot have both `--bits` and `--bits.choices`.
+    """
+    parser = _StageParser(
+        prog=f"{stage}.py",
+        usage=f"python {stage}.py --config FILE [options] [--SECTION.SETTING VALUE ...]",
+        description=_STAGES[stage],
+        epilog="Settings, which override the YAML file:\n\n" + settings.format_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the experiment (required)")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="folder to write to (default: runs/<name of FILE>)")
+    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help=_INIT_TEXT[stage])
+    if stage in _BITS:
+        parser.add_argument(
+            "--bits",
+            default="policy",
+            help=f"how bits are chosen: {', '.join(_BITS[stage])} or uniform:w3a4 (any of bits.choices); default: "
+            "policy. Not to be confused with the settings --bits.choices and so on",
+        )
+    if stage != "eval":
+        parser.add_argument(
+            "--restart",
+            action="store_true",
+            help="start the stage over; its earlier folder is kept as <folder>.old-1",
+        )
+    return parser
+
+
+def _check_options(words: list[str], known: list[str]) -> None:
+    options = {f"--{name}" for name in known}
+    for word in words:
+        option = word.partition("=")[0].removesuffix("+")  # `--data.roots+ x` appends to a list
+        if option.startswith("--") and option not in options:
+            hint = did_you_mean(option, options) or " --help lists all"
+            raise InputError(f"unknown option {option};{hint}")

@@ -1,0 +1,36 @@
+"""The main function of the four entry scripts."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from instaqnas.config.command import parse_command
+from instaqnas.errors import exit_on_input_error
+
+
+def main(stage: str) -> None:
+    """Runs a stage (pretrain, search, finetune or eval) as the command line of this process says.
+
+    Wrong input and an interruption by Ctrl-C end the process with one line on standard error. Exit status: see
+    `exit_on_input_error`; 130 after an interruption.
+    """
+    try:
+        with exit_on_input_error():
+            command = parse_command(stage)
+            # OpenMP's waiting threads spin otherwise, and take the cores from other processes.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            # Imported after parsing: torch takes seconds, and `--help` and configuration errors should not.
+            from instaqnas import distributed
+            from instaqnas.training.stages import run_eval, run_finetune, run_pretrain, run_search
+
+            run = {"pretrain": run_pretrain, "search": run_search, "finetune": run_finetune, "eval": run_eval}
+            run[stage](command)
+            distributed.leave()
+    except KeyboardInterrupt:
+        if stage == "eval":
+            advice = "nothing is lost, the same command evaluates again"
+        else:
+            advice = "the same command (without --restart) continues from the last checkpoint"
+        sys.stderr.write(f"interrupted; {advice}\n")
+        sys.exit(130)

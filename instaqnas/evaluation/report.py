@@ -1,0 +1,162 @@
+"""The report of eval.py: a table, report.json, per_image.csv, and a plot of mAP against cost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from instaqnas.bits import choice_name
+from instaqnas.evaluation.measure import EvalReport
+from instaqnas.evaluation.survey import Diagnosis
+from instaqnas.experiment.run_dir import versions
+from instaqnas.files import write_text
+from instaqnas.quant.switchable import BitChoice
+
+# Matplotlib's names of the colours of rows, the same in every plot.
+COLOURS = {
+    "fp32": "grey",
+    "random": "C1",
+    "frequencies": "C2",
+    "policy": "C3",
+    "modal": "C4",
+    "static": "C5",
+    "shuffled": "C6",
+}
+OTHER_COLOURS = ("C0", "C9", "C8", "C7", "black", "gold", "navy", "lime")  # bits.choices has eight at most
+RUN_MARKERS, RUN_LINES = "o^sDvPX<>", ("--", ":", "-.")
+ROW_KEYS = (
+    "map_11pt",
+    "map_all_point",
+    "coco_ap",
+    "gbitops_detector",
+    "gbitops_policy",
+    "gbitops_total",
+    "distinct_configs",
+    "images",
+)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """Figures of one way to choose bits.
+
+    Args:
+        bits: its name, as in `--bits`.
+        checkpoint: file of the detector.
+        choices: the K bit choices of the detector.
+        report: figures on the test split.
+        finetuned: epochs that the detector was trained for after pretraining.
+        diagnosis: of a policy, else None.
+        search: last rewards, qualities and multiplier of the policy's search, by their names in TensorBoard.
+    """
+
+    bits: str
+    checkpoint: Path
+    choices: tuple[BitChoice, ...]
+    report: EvalReport
+    finetuned: int = 0
+    diagnosis: Diagnosis | None = None
+    search: dict[str, float] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values for report.json."""
+        figures = {key: getattr(self.report, key) for key in ROW_KEYS}
+        detector = {"finetuned": self.finetuned, "checkpoint": str(self.checkpoint)}
+        plain = {"bits": self.bits, **figures, "ap_11pt": self.report.ap_11pt, **detector}
+        if self.diagnosis is None:
+            return plain
+        modal = [choice_name(self.choices[choice]) for choice in self.diagnosis.modal]
+        found = {**self.diagnosis.plain(), "modal_configuration": modal, "search": self.search}
+        return {**plain, "diagnostics": found}
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for the terminal, from rows of report.json."""
+    quality = f"{'mAP 11pt':>9}{'mAP all':>9}{'COCO AP':>9}"
+    lines = [f"{'bits':<14}{quality}{'GBitOps':>10}{'policy':>9}{'total':>10}{'configs':>9}{'finetuned':>11}"]
+    for row in rows:
+        quality = "".join(f"{100 * row[key]:>9.2f}" for key in ROW_KEYS[:3])
+        cost = f"{row['gbitops_detector']:>10.4f}{row['gbitops_policy']:>9.4f}{row['gbitops_total']:>10.4f}"
+        lines.append(f"{row['bits']:<14}{quality}{cost}{row['distinct_configs']:>9d}{row['finetuned']:>11d}")
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, rows: Sequence[ReportRow], config: dict[str, Any]) -> None:
+    """Writes report.json, per_image.csv and pareto.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = [row.plain() for row in rows]
+    content = {"rows": plain, "config": config, "versions": versions(), "seed": config["seed"]}
+    write_text(folder / "report.json", json.dumps(_finite(content), indent=1) + "\n")
+    _write_per_image(folder / "per_image.csv", rows)
+    plot_pareto(folder / "pareto.png", plain)
+
+
+def _write_per_image(path: Path, rows: Sequence[ReportRow]) -> None:
+    positions = max(len(row.report.per_image[0].choices) for row in rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    header = ["bits", "image_id", "objects", "smallest_side", "difficulty", "detections", "quality", "gbitops"]
+    writer.writerow([*header, *(f"position_{position:02d}" for position in range(positions))])
+    for row in rows:
+        names = [choice_name(choice) for choice in row.choices]
+        for image in row.report.per_image:
+            hard = [image.objects, _known(image.smallest_side, 2), _known(image.difficulty, 4)]
+            figures = [*hard, image.detections, f"{image.quality:.4f}", f"{image.gbitops:.6f}"]
+            chosen = [names[choice] for choice in image.choices]
+            # The full-precision network has fewer positions if the policy controls more than the pointwise layers.
+            writer.writerow([row.bits, image.image_id, *figures, *chosen, *[""] * (positions - len(chosen))])
+    write_text(path, text.getvalue())
+
+
+def _known(value: float, decimals: int) -> str:
+    """`value` as text; empty for NaN."""
+    return "" if math.isnan(value) else f"{value:.{decimals}f}"
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None in place of NaN, such as the AP of a class without objects: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Plots mAP (11 points) against total GBitOps.
+
+    Args:
+        path: picture to write.
+        rows: of report.json. Rows of several runs have a `label` for the legend, and the number of their `run` from 0.
+
+    Colours stand for ways to choose bits, markers for runs. Full precision is a dashed line: its cost is far off.
+    """
+    from matplotlib.figure import Figure  # not pyplot: it would look for a display
+
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    others = dict.fromkeys(row["bits"] for row in rows if row["bits"] not in COLOURS)
+    colours = COLOURS | dict(zip(others, cycle(OTHER_COLOURS)))
+    for row in rows:
+        label, colour, run = row.get("label", row["bits"]), colours[row["bits"]], row.get("run", 0)
+        if row["bits"] == "fp32":
+            axes.axhline(
+                100 * row["map_11pt"],
+                color=colour,
+                linestyle=RUN_LINES[run % len(RUN_LINES)],
+                label=f"{label}, {row['gbitops_total']:.3g} GBitOps",
+            )
+            continue
+        marker = RUN_MARKERS[run % len(RUN_MARKERS)]
+        axes.plot(row["gbitops_total"], 100 * row["map_11pt"], marker, markersize=9, label=label, color=colour)
+    axes.set(xlabel="GBitOps per image, policy included", ylabel="mAP at IoU 0.5, 11 points (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path)

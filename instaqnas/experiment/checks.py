@@ -1,0 +1,176 @@
+"""Checks before a stage trains: data, batches, disk, and whether the reward's target can be met."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch import nn
+
+from instaqnas import distributed
+from instaqnas.config.settings import Config
+from instaqnas.data.voc import check_image_header
+from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
+from instaqnas.errors import InputError
+from instaqnas.experiment.parts import Experiment, TrainPart
+from instaqnas.experiment.stage import (
+    EVAL,
+    PRETRAIN_QUANT,
+    SEARCH,
+    TRAINING_STAGES,
+    Stage,
+    stage_named,
+    trains_detector,
+)
+from instaqnas.files import GB, free_bytes
+from instaqnas.policy.network import policy_gbitops
+
+MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of an optimizer's state per parameter
+
+
+def quick_preflight(experiment: Experiment, run: Path, stages: Sequence[Stage], *, restart: bool = False) -> None:
+    """Runs all checks that take seconds: data, batches, disk and target.
+
+    Args:
+        experiment: parts of the config.
+        run: folder of the run.
+        stages: that are about to run.
+        restart: they begin anew, and their earlier checkpoints stay on the disk.
+
+    Raises: InputError that names the first wrong file, the setting, or the missing disk space.
+    """
+    for roots, split in splits_of(experiment.config, stages):
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(check_image_header, experiment.annotations(roots, split)))
+    if stages[0] is not EVAL:
+        check_batches(experiment, stages)
+    check_disk(experiment, run, stages, restart=restart)
+    if PRETRAIN_QUANT in stages or SEARCH in stages:  # the pretraining takes hours, and the search builds on it
+        check_target(experiment)
+
+
+def check_batches(experiment: Experiment, stages: Sequence[Stage]) -> None:
+    """Checks the batch sizes of `stages` and of all stages that follow them in a run.
+
+    A search that cannot run is refused before hours of pretraining.
+
+    Raises: InputError that names a setting whose batches do not give every process equal parts, are larger than the
+        images that there are, or leave BatchNorm a single value per channel.
+    """
+    following = TRAINING_STAGES[TRAINING_STAGES.index(stage_named(stages[0].section)) :]
+    detector = experiment.detector(DetectorBits.full_precision())
+    for stage in following:
+        settings = stage.settings(experiment.config)
+        if trains_detector(stage, experiment.config):
+            key = f"{stage.section}.batch_size"
+            _check_batch(experiment, key, settings.batch_size, settings.accumulate, "detector")
+            _check_batch_norm(experiment, detector, key, settings.batch_size, settings.accumulate)
+        if stage is SEARCH:
+            size = experiment.config.search.policy_batch_size
+            _check_batch(experiment, "search.policy_batch_size", size, 1, "policy")
+
+
+def _check_batch(experiment: Experiment, key: str, batch_size: int, parts: int, part: TrainPart) -> None:
+    """Raises InputError unless batches of a part of the train split give every process `parts` equal parts."""
+    shares = parts * distributed.world_size()
+    if batch_size % shares:
+        raise InputError(f"{key}: expected a multiple of {shares} (processes x accumulate), got {batch_size}")
+    images, share = len(experiment.train_indices(part)), experiment.config.data.policy_share
+    if share and batch_size > images:
+        raise InputError(
+            f"data.policy_share: {share:g} leaves the {part} {images} training images, fewer than {key} = {batch_size}"
+        )
+    if shares > 1 and batch_size > images:  # the only batch would not be full
+        raise InputError(f"{key}: expected at most the {images} training images, got {batch_size}")
+
+
+def _check_batch_norm(experiment: Experiment, detector: SwitchableSSD, key: str, batch_size: int, parts: int) -> None:
+    """Raises InputError if BatchNorm of the last extra layer would see one value per channel, which has no variance."""
+    images = min(batch_size, len(experiment.train_indices("detector"))) // parts
+    if experiment.config.detector.extras_batch_norm and images < 2 and detector.map_sizes()[-1] == 1:
+        raise InputError(
+            f"{key}: detector.extras_batch_norm needs two images or more in each part of a batch, got {images} "
+            "(training images or batch size, divided by accumulate)"
+        )
+
+
+def check_target(experiment: Experiment) -> None:
+    """Raises InputError if the reward aims at a cost that no configuration has."""
+    settings = experiment.config.reward
+    if settings.name != "budget":
+        return
+    detector = experiment.quantized_detector()
+    costs, policy_cost = detector_costs(detector), policy_gbitops(experiment.policy(), detector.image_size)
+    lowest, highest = costs.lowest() + policy_cost, costs.highest() + policy_cost
+    if not lowest <= settings.target_gbitops <= highest:
+        raise InputError(
+            f"reward.target_gbitops: expected {lowest:.4g} to {highest:.4g}, the cost of this network's configurations "
+            f"with its policy, got {settings.target_gbitops:g}"
+        )
+
+
+def splits_of(config: Config, stages: Sequence[Stage]) -> list[tuple[list[str], str]]:
+    """(roots, split) of all splits that `stages` read, each once."""
+    data = config.data
+    found: list[tuple[list[str], str]] = []
+    if any(stage is not EVAL for stage in stages):
+        found += [(data.roots, split) for split in (data.train_split, data.val_split) if split]
+    if EVAL in stages:
+        found.append((data.test_roots or data.roots, data.test_split))
+    return [entry for i, entry in enumerate(found) if entry not in found[:i]]
+
+
+def check_disk(experiment: Experiment, run: Path, stages: Sequence[Stage], *, restart: bool = False) -> tuple[int, int]:
+    """Bytes that the checkpoints of `stages` still need, and free bytes.
+
+    Raises: InputError if more are needed than are free.
+    """
+    needed, free = disk_needed(experiment, run, stages, restart=restart), free_bytes(run)
+    if free < needed:
+        raise InputError(f"{run}: {needed / GB:.2f} GB of disk are needed for checkpoints, {free / GB:.2f} GB are free")
+    return needed, free
+
+
+def disk_needed(experiment: Experiment, run: Path, stages: Sequence[Stage], *, restart: bool = False) -> int:
+    """Bytes that the checkpoints of `stages` will take beyond the existing ones; with `restart` these do not count.
+
+    A stage keeps its last checkpoint, the best if there is a val split, and `keep_checkpoints` more. While one is
+    written, it takes its space once more.
+    """
+    total = largest = 0
+    for stage in (stage for stage in stages if stage is not EVAL):
+        size = checkpoint_bytes(experiment, stage)
+        keep = stage.settings(experiment.config).keep_checkpoints
+        files = 1 + bool(experiment.config.data.val_split) + keep
+        existing = 0 if restart else sum(path.stat().st_size for path in (run / stage.name).glob("*.pt"))
+        total += max(0, files * size - existing)
+        largest = max(largest, size)
+    return total + largest
+
+
+def checkpoint_bytes(experiment: Experiment, stage: Stage) -> int:
+    """Bytes of the tensors in a checkpoint of a training stage: networks and optimizers."""
+    settings = stage.settings(experiment.config)
+    if stage.is_quantized:
+        detector = experiment.quantized_detector()
+    else:
+        detector = experiment.detector(DetectorBits.full_precision())
+    networks = 2 if settings.ema_decay else 1
+    total = networks * _bytes(detector)
+    if trains_detector(stage, experiment.config):
+        total += MOMENTS[settings.optimizer] * _parameter_bytes(detector)
+    if stage.has_policy:
+        policy = experiment.policy()
+        total += _bytes(policy)
+        if stage is SEARCH:
+            total += MOMENTS["adamw"] * _parameter_bytes(policy)
+    return total
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(value.nbytes for value in network.state_dict().values())
+
+
+def _parameter_bytes(network: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())

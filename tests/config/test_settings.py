@@ -1,0 +1,186 @@
+"""Ranges of the settings, and settings that have to go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from instaqnas.config.command import Command
+from instaqnas.config.reading import from_plain
+from instaqnas.config.settings import Config, DataConfig, DetectorConfig
+from instaqnas.errors import InputError
+
+MINIMAL = "data: {roots: [voc]}\n"
+
+Parse = Callable[..., Command]
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--data.roots=[]", "at least one folder, such as [VOCdevkit/VOC2007], got []"),
+        ("--data.workers=-2", "at least 0, or -1 for one per CPU, got -2"),
+        ("--data.test_split=", 'the name of a split, got ""'),
+        ("--seed=-1", "0 to 4294967295, got -1"),
+        ("--detector.image_size=63", "at least 64, got 63"),
+        ("--detector.width=0", "more than 0, got 0.0"),
+        ("--detector.box_sizes=[[1, 2]]", "six pairs [smaller, larger] above 0, got [[1, 2]]"),
+        (
+            "--detector.box_sizes=[[1, 2], [2, 3], [3, 4], [4, 5], [5, 6], [7, 7]]",
+            "six pairs [smaller, larger] above 0, got [[1, 2], [2, 3], [3, 4], [4, 5], [5, 6], [7, 7]]",
+        ),
+        (
+            "--detector.box_sizes=[[0, 1], [2, 3], [3, 4], [4, 5], [5, 6], [6, 7]]",
+            "six pairs [smaller, larger] above 0, got [[0, 1], [2, 3], [3, 4], [4, 5], [5, 6], [6, 7]]",
+        ),
+        ("--bits.stem=[9, 8]", "bit-widths from 2 to 8, or 32, got [9, 8]"),
+        ("--bits.stem=[8, 1]", "bit-widths from 2 to 8, or 32, got [8, 1]"),
+        ("--bits.heads=[1, 8]", "bit-widths from 2 to 8, or 32, or 1 for activations, got [1, 8]"),
+        ("--bits.depthwise=[8, 0]", "bit-widths from 2 to 8, or 32, or 1 for activations, got [8, 0]"),
+        ("--policy.bits=[16, 16]", "bit-widths from 2 to 8, or 32, got [16, 16]"),
+        (
+            "--bits.choices=[]",
+            "one to eight different pairs of bit-widths from 2 to 8, or 32, or 1 for activations, got []",
+        ),
+        (
+            "--bits.choices=[[3, 0]]",
+            "one to eight different pairs of bit-widths from 2 to 8, or 32, or 1 for activations, got [[3, 0]]",
+        ),
+        (
+            "--bits.choices=[[3, 4], [3, 4]]",
+            "one to eight different pairs of bit-widths from 2 to 8, or 32, or 1 for activations, got [[3, 4], [3, 4]]",
+        ),
+        ("--policy.pool=301", "at most detector.image_size = 300, got 301"),
+        ("--data.policy_share=1", "at least 0 and less than 1, got 1.0"),
+        ("--data.policy_share=-0.1", "at least 0 and less than 1, got -0.1"),
+        ("--search.samples=0", "at least 1, got 0"),
+        ("--search.entropy_start=-1", "at least 0, got -1.0"),
+        ("--search.entropy_end=-1", "at least 0, got -1.0"),
+        ("--reward.multiplier_gain=-1", "at least 0, got -1.0"),
+        ("--search.epochs=0", "at least 1, got 0"),
+        ("--search.policy_batch_size=0", "at least 1, got 0"),
+        ("--eval.batch_size=0", "at least 1, got 0"),
+        ("--finetune.lr=0", "more than 0, got 0.0"),
+        ("--finetune.lr=.inf", "a finite number, got Infinity"),
+        ("--finetune.warmup_epochs=11", "at most finetune.epochs = 10, got 11.0"),
+        ("--pretrain_fp32.ema_decay=1", "at least 0 and less than 1, got 1.0"),
+        ("--search.ema_decay=-0.1", "at least 0 and less than 1, got -0.1"),
+        ("--finetune.distill_weight=-1", "at least 0, got -1.0"),
+        ("--pretrain_quant.batch_norm_batches=-1", "at least 0, got -1"),
+        ("--search.epsilon_start=1.5", "a number from 0 to 1, got 1.5"),
+        ("--eval.nms_iou=-0.1", "a number from 0 to 1, got -0.1"),
+        ("--reward.score_threshold=2", "a number from 0 to 1, got 2.0"),
+        ("--reward.negative=10", "at most 0, got 10.0"),
+    ],
+)
+def test_value_outside_its_range_names_key_value_and_expectation(
+    refusal: Callable[..., str], option: str, expected: str
+) -> None:
+    key = option.removeprefix("--").partition("=")[0]
+    assert refusal(MINIMAL, option) == f"{key}: expected {expected}"
+
+
+def test_ranges_hold_for_configs_made_in_code() -> None:
+    config = Config(data=DataConfig(roots=["voc"]))
+    with pytest.raises(InputError, match=r"^detector\.image_size: expected at least 64, got 32$"):
+        replace(config, detector=DetectorConfig(image_size=32))
+
+
+def test_budget_reward_needs_a_target(refusal: Callable[..., str], parse: Parse) -> None:
+    message = refusal(MINIMAL, "--reward.name=budget")
+    assert message == "reward.target_gbitops: expected more than 0 for the reward `budget`, got 0.0"
+    assert parse(MINIMAL, "--reward.name=budget", "--reward.target_gbitops=5").config.reward.target_gbitops == 5.0
+
+
+@pytest.mark.parametrize("name", ["window_gate", "window_scaled", "window_signed"])
+def test_window_rewards_need_a_window(refusal: Callable[..., str], parse: Parse, name: str) -> None:
+    message = refusal(MINIMAL, f"--reward.name={name}", "--reward.window_upper_end=42")
+    assert message == "reward.window_upper_end: expected more than reward.window_lower = 42.0, got 42.0"
+    parse(MINIMAL, "--reward.name=ratio", "--reward.window_upper_end=42")
+
+
+@pytest.mark.parametrize("name", ["ratio", "window_gate", "window_scaled", "window_signed"])
+def test_rewards_of_a_quality_from_0_to_1_refuse_minus_the_loss(
+    refusal: Callable[..., str], parse: Parse, name: str
+) -> None:
+    message = refusal(MINIMAL, f"--reward.name={name}", "--reward.quality=loss")
+    assert message == f'reward.quality: expected precision, recall, f1 or ap for reward.name = {name}, got "loss"'
+    for other in ("quality", "budget"):
+        options = (f"--reward.name={other}", "--reward.quality=loss", "--reward.target_gbitops=5")
+        assert parse(MINIMAL, *options).config.reward.quality == "loss"
+
+
+def test_a_start_by_sensitivity_needs_effort_and_the_reward_budget_on_losses(
+    refusal: Callable[..., str], parse: Parse
+) -> None:
+    start, effort, loss = "--search.start=sensitivity", "--policy.effort=true", "--reward.quality=loss"
+    budget = ("--reward.name=budget", "--reward.target_gbitops=9")
+    assert refusal(MINIMAL, start) == "policy.effort: expected true for search.start = sensitivity, got false"
+    message = refusal(MINIMAL, start, effort, *budget)
+    assert message == 'reward.quality: expected loss for search.start = sensitivity, got "f1"'
+    message = refusal(MINIMAL, start, effort, loss, "--reward.name=quality")
+    assert message == 'search.start: expected uniform for reward.name = quality, got "sensitivity"'
+    assert parse(MINIMAL, start, effort, loss, *budget).config.search.start == "sensitivity"
+
+
+def test_detector_that_the_search_does_not_train_has_no_average(refusal: Callable[..., str], parse: Parse) -> None:
+    message = refusal(MINIMAL, "--search.train_detector=false", "--search.ema_decay=0.5")
+    assert message == "search.ema_decay: expected 0 for search.train_detector = false, got 0.5"
+    assert parse(MINIMAL, "--search.ema_decay=0.5").config.search.train_detector
+
+
+def test_leaving_one_out_needs_two_samples(refusal: Callable[..., str], parse: Parse) -> None:
+    message = refusal(MINIMAL, "--search.baseline=rloo")
+    assert message == "search.samples: expected at least 2 for search.baseline = rloo, got 1"
+    assert parse(MINIMAL, "--search.baseline=rloo", "--search.samples=2").config.search.samples == 2
+    assert parse(MINIMAL, "--search.samples=1").config.search.baseline == "greedy"
+
+
+def test_one_bit_is_for_activations_behind_a_relu(parse: Parse, refusal: Callable[..., str]) -> None:
+    bits = parse(MINIMAL, "--bits.choices=[[2, 1], [2, 2]]", "--bits.heads=[3, 1]").config.bits
+    assert bits.choices == [(2, 1), (2, 2)]
+    assert bits.heads == (3, 1)
+    for positions in ("backbone", "all"):
+        message = refusal(MINIMAL, "--bits.choices=[[2, 2], [2, 1]]", f"--bits.positions={positions}")
+        assert message == (
+            f"bits.choices: expected at least 2 bits for activations with bits.positions = {positions}: "
+            "the image is not behind a ReLU, got [[2, 2], [2, 1]]"
+        )
+
+
+@pytest.mark.parametrize("positions", ["backbone", "backbone+extras", "all"])
+def test_policy_cannot_observe_a_stem_whose_bits_it_chooses(
+    refusal: Callable[..., str], parse: Parse, positions: str
+) -> None:
+    message = refusal(MINIMAL, "--policy.input=stem", f"--bits.positions={positions}")
+    assert message == f'policy.input: expected image for bits.positions = {positions}, got "stem"'
+    assert parse(MINIMAL, "--policy.input=stem").config.policy.input == "stem"
+
+
+def test_features_of_the_stem_are_pooled_to_one_at_most(refusal: Callable[..., str], parse: Parse) -> None:
+    options = ("--policy.input=stem", "--detector.image_size=75")
+    assert refusal(MINIMAL, *options, "--policy.pool=39") == (
+        "policy.pool: expected at most half of detector.image_size = 75, got 39"
+    )
+    assert parse(MINIMAL, *options, "--policy.pool=38").config.policy.pool == 38
+
+
+@pytest.mark.parametrize("quantizer", ["pact", "dorefa"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weights", "nested", 'bits.weights: expected shared or separate for bits.quantizer = {}, got "nested"'),
+        ("per_channel", True, "bits.per_channel: expected false for bits.quantizer = {}, got true"),
+    ],
+)
+def test_settings_of_lsq_are_refused_for_other_quantizers(
+    quantizer: str, name: str, value: object, message: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        from_plain({"data": {"roots": ["voc"]}, "bits": {"quantizer": quantizer, name: value}})
+    assert str(error.value) == message.format(quantizer)
+    for lsq in ("lsq", "lsq_plus"):
+        config = from_plain({"data": {"roots": ["voc"]}, "bits": {"quantizer": lsq, name: value}})
+        assert getattr(config.bits, name) == value
