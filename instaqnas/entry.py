@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from instaqnas.config.command import parse_command
@@ -18,8 +17,6 @@ def main(stage: str) -> None:
     try:
         with exit_on_input_error():
             command = parse_command(stage)
-            # OpenMP's waiting threads spin otherwise, and take the cores from other processes.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             # Imported after parsing: torch takes seconds, and `--help` and configuration errors should not.
             from instaqnas import distributed
             from instaqnas.training.stages import run_eval, run_finetune, run_pretrain, run_search
