@@ -9,7 +9,8 @@ FULL_PRECISION = 32  # the bit-width of values that are not quantized
 
 QuantizerName = Literal["lsq_plus", "lsq", "pact", "dorefa"]
 WeightSharing = Literal["shared", "separate", "nested"]  # how the choices of a layer share its weight
-Positions = Literal["pointwise", "backbone", "backbone+extras", "all"]  # the layers that the policy controls
+# The layers that the policy controls, one choice each; with `network` one choice, a level, holds for all layers.
+Positions = Literal["pointwise", "backbone", "backbone+extras", "all", "network"]
 Amp = Literal["off", "bf16"]  # arithmetic of the convolutions
 CompileMode = Literal["auto", "on", "off"]
 

@@ -90,12 +90,15 @@ class DetectorConfig:
         extras_batch_norm: BatchNorm in the extra feature layers; not in the paper, but helps training from scratch.
         box_sizes: sizes of the default boxes in pixels, a pair [smaller, larger] for each of the six feature maps;
             None: the published ones, 20 % to 110 % of the image side.
+        min_negatives: least number of hard negatives of each image in the loss. The paper has none for an image without
+            objects, which then teaches nothing; 3 or more let empty images teach.
     """
 
     image_size: int = setting(300, at_least(64))
     width: float = setting(1.0, more_than(0))
     extras_batch_norm: bool = False
     box_sizes: list[BoxSizes] | None = setting(None, BOX_SIZES)
+    min_negatives: int = setting(0, at_least(0))
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class BitsConfig:
 
     Args:
         choices: 1 to 8 different pairs, from which the policy chooses at each position.
-        positions: layers that the policy controls; `pointwise`: the 13 pointwise convolutions, as in the paper.
+        positions: layers that the policy controls, one choice each; `pointwise`: the 13 pointwise convolutions, as in
+            the paper. `network`: one choice per image, a level, for all layers together.
         stem: bits of the first convolution, unless the policy controls it.
         depthwise: bits of the depthwise convolutions, unless the policy controls them.
         extras: bits of the extra feature layers, unless the policy controls them.

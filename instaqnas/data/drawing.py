@@ -33,8 +33,8 @@ class Drawing(NamedTuple):
     names: list[str]  # N class names
 
 
-def draw_image(rng: np.random.Generator, image_size: int, difficulty: float) -> Drawing:
-    """Draws 1 to 12 objects on a background.
+def draw_image(rng: np.random.Generator, image_size: int, difficulty: float, *, empty: bool = False) -> Drawing:
+    """Draws 1 to 12 objects on a background, or the background alone.
 
     A box encloses all of an object inside the image, including parts that others cover; at least half of each object is
     visible.
@@ -43,10 +43,11 @@ def draw_image(rng: np.random.Generator, image_size: int, difficulty: float) -> 
         rng: the only source of randomness.
         image_size: side of the square image in pixels.
         difficulty: 0 for one or two large, clean objects on a plain background, up to 1.
+        empty: draw no object; background, contrast, blur and noise are as in other images of this difficulty.
     """
     scene = _Scene(_draw_background(rng, image_size, difficulty))
     lowest, highest = round(1 + 4 * difficulty), round(2 + 10 * difficulty)
-    for _ in range(rng.integers(lowest, highest + 1)):
+    for _ in range(0 if empty else rng.integers(lowest, highest + 1)):
         shape = SHAPES[rng.integers(len(SHAPES))]
         size = image_size * rng.uniform(0.30 - 0.14 * difficulty, 0.55 - 0.20 * difficulty)
         _place(rng, scene, shape.name, _draw_sprite(rng, shape, size, difficulty), difficulty)

@@ -32,27 +32,32 @@ from instaqnas.errors import InputError
 SPLITS = ("train", "val", "test")  # the position is part of each image's seed: append, never reorder
 DRAWING_VERSION = 1  # raise it whenever the same seed draws other pixels
 STAMP = "generated.json"
+EMPTY_STREAM = 1  # random numbers that decide whether an image is empty
 MIN_IMAGE_SIZE = 64  # in smaller images, the smallest objects would have fewer than ten pixels a side
 JPEG_QUALITY = 92
 IMAGES_PER_PROCESS = 500  # fewer are drawn in the time that another process takes to start
 
 
-def generate_shapes(root: Path, counts: Mapping[str, int], image_size: int = 160, seed: int = 0) -> None:
+def generate_shapes(
+    root: Path, counts: Mapping[str, int], image_size: int = 160, seed: int = 0, empty: float = 0.0
+) -> None:
     """Writes the dataset to `root`, unless `root` already holds exactly this one.
 
     The tree appears under `root` complete or not at all. An image depends only on the seed, its split and its index, so
-    a larger dataset begins with the images of a smaller one.
+    a larger dataset begins with the images of a smaller one. Whether it is empty depends on `empty` too; images that
+    have objects are the same for every share.
 
     Args:
         root: folder to create; may exist if it is empty.
         counts: images per split, keys from `SPLITS`.
         image_size: side of the square images in pixels, at least 64.
         seed: 0 or more.
+        empty: share of images without objects, from 0 to less than 1; each image is drawn for itself.
 
     Raises:
         InputError: a value is out of range, `root` holds something else, or it cannot be written.
     """
-    _check_request(counts, image_size, seed)
+    _check_request(counts, image_size, seed, empty)
     root = Path(root).resolve()
     request = {
         "drawing_version": DRAWING_VERSION,
@@ -60,6 +65,8 @@ def generate_shapes(root: Path, counts: Mapping[str, int], image_size: int = 160
         "image_size": image_size,
         "counts": {split: counts[split] for split in SPLITS if split in counts},
     }
+    if empty:  # a dataset without empty images keeps the stamp that it always had
+        request["empty"] = empty
     if _holds(root, request):
         return
     try:
@@ -74,7 +81,7 @@ def generate_shapes(root: Path, counts: Mapping[str, int], image_size: int = 160
         os.rename(tree, root)
 
 
-def _check_request(counts: Mapping[str, int], image_size: int, seed: int) -> None:
+def _check_request(counts: Mapping[str, int], image_size: int, seed: int, empty: float) -> None:
     for split, count in counts.items():
         if split not in SPLITS:
             raise InputError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -86,6 +93,8 @@ def _check_request(counts: Mapping[str, int], image_size: int, seed: int) -> Non
         raise InputError(f"image size {image_size}: must be at least {MIN_IMAGE_SIZE} pixels")
     if seed < 0:
         raise InputError(f"seed {seed}: must be 0 or more")
+    if not 0 <= empty < 1:
+        raise InputError(f"share of empty images {empty}: must be at least 0 and less than 1")
 
 
 def _holds(root: Path, request: dict) -> bool:
@@ -109,7 +118,7 @@ def _write_tree(tree: Path, request: dict) -> None:
         own = [(split, index) for index in range(count)]
         _write_lines(tree / "ImageSets" / "Main" / f"{split}.txt", [_image_id(*image) for image in own])
         images += own
-    write = partial(_write_drawing, tree, request["seed"], request["image_size"])
+    write = partial(_write_drawing, tree, request["seed"], request["image_size"], request.get("empty", 0.0))
     _write_lines(tree / "difficulty.csv", ["image_id,difficulty", *_in_processes(write, images)])
     _write_lines(tree / "labels.txt", [shape.name for shape in SHAPES])
     _write_lines(tree / STAMP, [json.dumps(request)])
@@ -124,12 +133,14 @@ def _in_processes(write: Callable[[tuple[str, int]], str], images: list[tuple[st
         return list(pool.map(write, images, chunksize=50))
 
 
-def _write_drawing(tree: Path, seed: int, image_size: int, image: tuple[str, int]) -> str:
+def _write_drawing(tree: Path, seed: int, image_size: int, empty: float, image: tuple[str, int]) -> str:
     """Draws and writes the image (split, index); returns its line of difficulty.csv."""
     split, index = image
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     difficulty = round(rng.uniform(), 4)
-    _write_image(tree, _image_id(*image), draw_image(rng, image_size, difficulty))
+    # A generator of its own: with the other one, images that keep their objects would change.
+    is_empty = np.random.default_rng([seed, SPLITS.index(split), index, EMPTY_STREAM]).uniform() < empty
+    _write_image(tree, _image_id(*image), draw_image(rng, image_size, difficulty, empty=is_empty))
     return f"{_image_id(*image)},{difficulty:.4f}"
 
 

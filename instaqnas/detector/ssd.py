@@ -28,6 +28,7 @@ GROUPS_OF: dict[Positions, tuple[str, ...]] = {  # the layers that the policy co
     "backbone": ("stem", "depthwise", "pointwise"),
     "backbone+extras": ("stem", "depthwise", "pointwise", "extras"),
     "all": ("stem", "depthwise", "pointwise", "extras", "heads"),
+    "network": ("stem", "depthwise", "pointwise", "extras", "heads"),
 }
 LAYERS_IN = {
     "stem": 1,
@@ -39,8 +40,8 @@ LAYERS_IN = {
 
 
 def position_count(positions: Positions) -> int:
-    """L, the number of layers that the policy controls."""
-    return sum(LAYERS_IN[group] for group in GROUPS_OF[positions])
+    """L, the number of choices that the policy makes for an image."""
+    return 1 if positions == "network" else sum(LAYERS_IN[group] for group in GROUPS_OF[positions])
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class DetectorBits:
     Args:
         choices: the K choices of the layers at `positions`.
         stem, depthwise, extras, heads: the single choice of these layers where they are not among `positions`.
-        positions: the layers that have `choices`.
+        positions: the layers that have `choices`, and whether they share one choice per image (`network`).
         quantizer, weights, per_channel: see `SwitchableConv2d`.
     """
 
@@ -142,7 +143,8 @@ class ExtraLayer(nn.Module):
 class SwitchableSSD(nn.Module):
     """The detector: backbone, extra feature layers, and heads on six feature maps.
 
-    `positions` names the L layers that the policy controls, in the order of the columns of bit configurations.
+    `layers_at` names the layers with the same choice at each of the L positions, in the order of the columns of bit
+    configurations: one layer at each, or all layers at the only position `network`. `positions` are its keys.
 
     Args:
         classes: C, background included.
@@ -152,6 +154,7 @@ class SwitchableSSD(nn.Module):
         extras_batch_norm: BatchNorm instead of a bias in the extra layers.
         box_sizes: (smaller, larger) default-box size of each of the six maps in pixels; None for the sizes that
             `default_boxes` derives from the image size.
+        min_negatives: least number of hard negatives of each image in the loss.
         amp: arithmetic of the convolutions, `off` for float32.
     """
 
@@ -166,10 +169,12 @@ class SwitchableSSD(nn.Module):
         width: float = 1.0,
         extras_batch_norm: bool = False,
         box_sizes: Sequence[tuple[int, int]] | None = None,
+        min_negatives: int = 0,
         amp: Amp = "off",
     ) -> None:
         super().__init__()
         self.classes, self.image_size, self.choices, self.amp = classes, image_size, tuple(bits.choices), amp
+        self.min_negatives = min_negatives
         self.stem_is_frozen = False
         layers_of: dict[str, list[SwitchableConv2d]] = {}
 
@@ -216,7 +221,9 @@ class SwitchableSSD(nn.Module):
         for head in layers_of["heads"]:
             nn.init.xavier_uniform_(head.weight)
         controlled = {layer for group in GROUPS_OF[bits.positions] for layer in layers_of[group]}
-        self.positions = tuple(name for name, module in self.named_modules() if module in controlled)
+        names = [name for name, module in self.named_modules() if module in controlled]
+        self.layers_at = {"network": names} if bits.positions == "network" else {name: [name] for name in names}
+        self.positions = tuple(self.layers_at)
         boxes = default_boxes(image_size, self.map_sizes(), box_sizes)
         self.register_buffer("default_boxes_cxcywh", boxes, persistent=False)
 
@@ -227,7 +234,7 @@ class SwitchableSSD(nn.Module):
 
         Raises: ValueError if the policy controls the bits of the stem.
         """
-        if "backbone.stem" in self.positions:
+        if any("backbone.stem" in names for names in self.layers_at.values()):
             raise ValueError("cannot freeze the stem: its bits are chosen by the policy, which runs after it")
         self.stem_is_frozen = True
         self.backbone.stem.requires_grad_(False).eval()  # noqa: FBT003
@@ -259,8 +266,9 @@ class SwitchableSSD(nn.Module):
             choices: [B, L] indices of the K bit choices, in the order of `positions`.
             stem: output of the frozen stem for these images, as `observe` returns it; None to compute it.
         """
-        layers = [self.get_submodule(name) for name in self.positions]
-        choice_of = dict(zip(layers, choices.unbind(1), strict=True))
+        choice_of: dict[nn.Module, Tensor] = {}
+        for names, choice in zip(self.layers_at.values(), choices.unbind(1), strict=True):
+            choice_of |= {self.get_submodule(name): choice for name in names}
 
         def predict(heads: nn.ModuleList, values: int) -> Tensor:
             maps = [head(x, choice_of.get(head)).value() for head, x in zip(heads, sources, strict=True)]
@@ -277,7 +285,9 @@ class SwitchableSSD(nn.Module):
     def loss(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Multibox loss against objects in pixels: boxes_xyxy [B, N, 4] and labels [B, N], 0 for padding."""
         targets = self.targets(boxes_xyxy, labels)
-        return multibox_loss(output.box_offsets, output.class_logits, targets.offsets, targets.labels)
+        return multibox_loss(
+            output.box_offsets, output.class_logits, targets.offsets, targets.labels, min_negatives=self.min_negatives
+        )
 
     def image_losses(self, output: SSDOutput, boxes_xyxy: Tensor, labels: Tensor, difficult: Tensor) -> Tensor:
         """Multibox loss of each image, summed over its objects, [B], without gradient; objects as in `loss`.
@@ -286,7 +296,9 @@ class SwitchableSSD(nn.Module):
         count as background.
         """
         targets = self.targets(boxes_xyxy, labels.masked_fill(difficult, 0))
-        return image_losses(output.box_offsets, output.class_logits, targets.offsets, targets.labels)
+        return image_losses(
+            output.box_offsets, output.class_logits, targets.offsets, targets.labels, min_negatives=self.min_negatives
+        )
 
     def targets(self, boxes_xyxy: Tensor, labels: Tensor) -> Targets:
         """Matches objects, as in `loss`, with the default boxes."""
@@ -333,7 +345,7 @@ def detector_layers(detector: SwitchableSSD) -> list[LayerCost]:
 
 def detector_costs(detector: SwitchableSSD) -> CostTable:
     """GBitOps of any bit configuration of the detector."""
-    return CostTable(detector_layers(detector), detector.positions)
+    return CostTable(detector_layers(detector), detector.layers_at)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +69,15 @@ class EvalReport:
     def gbitops_total(self) -> float:
         """Mean GBitOps of detector and policy."""
         return self.gbitops_detector + self.gbitops_policy
+
+    @property
+    def false_positives_per_empty(self) -> float:
+        """Mean number of counted detections in images without objects; NaN without such images.
+
+        Detections count from the score threshold of the reward on, see `ImageRow.detections`.
+        """
+        counts = [row.detections for row in self.per_image if row.objects == 0]
+        return sum(counts) / len(counts) if counts else math.nan
 
     @cached_property
     def coco_ap(self) -> float:

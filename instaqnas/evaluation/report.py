@@ -40,6 +40,7 @@ ROW_KEYS = (
     "gbitops_total",
     "distinct_configs",
     "images",
+    "false_positives_per_empty",
 )
 
 

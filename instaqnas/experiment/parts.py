@@ -64,6 +64,7 @@ class Experiment:
             width=settings.width,
             extras_batch_norm=settings.extras_batch_norm,
             box_sizes=settings.box_sizes,
+            min_negatives=settings.min_negatives,
             amp=self.config.runtime.amp,
         ).to(self.device)
         return detector.to(memory_format=torch.channels_last) if channels_last else detector

@@ -8,7 +8,7 @@ quantization itself are not counted, as is usual.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,18 +78,23 @@ class CostTable:
 
     Args:
         layers: all its convolutions.
-        positions: names of the L layers that the policy controls, in the order of the columns of `choices`.
+        positions: names of the layers with the same choice at each of the L positions, by the name of the position, in
+            the order of the columns of `choices`.
 
     Attributes:
         table: bit operations [L, K] of each choice at each position, int64.
         fixed: bit operations of all other layers.
     """
 
-    def __init__(self, layers: Sequence[LayerCost], positions: Sequence[str]) -> None:
+    def __init__(self, layers: Sequence[LayerCost], positions: Mapping[str, Sequence[str]]) -> None:
         by_name = {layer.name: layer for layer in layers}
         self.positions = tuple(positions)
-        self.fixed = sum(layer.bitops() for layer in layers if layer.name not in set(positions))
-        rows = [[by_name[name].bitops(k) for k in range(len(by_name[name].choices))] for name in positions]
+        controlled = {name for names in positions.values() for name in names}
+        self.fixed = sum(layer.bitops() for layer in layers if layer.name not in controlled)
+        rows = []
+        for names in positions.values():
+            choices = range(len(by_name[names[0]].choices))
+            rows.append([sum(by_name[name].bitops(k) for name in names) for k in choices])
         self.table = torch.tensor(rows, dtype=torch.int64)  # integers: sums stay exact
 
     def gbitops(self, choices: Tensor) -> Tensor:

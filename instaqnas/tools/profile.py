@@ -37,15 +37,15 @@ class Profile:
     """Costs of one image.
 
     layers: convolutions of the detector, with the config's bit choices; parameters are counted in full precision.
-    positions: names of the layers that the policy controls.
+    positions: names of the layers with the same choice at each position, by the name of the position.
     nested: the weights of all choices are stored as one.
     uniform_gbitops: cost of the detector with all positions at one choice, by the name of the choice.
     policy_layers: convolutions of the policy.
-    configuration: index of each position's choice, by the name of the position; empty counts all choices.
+    configuration: index of the choice of each layer that the policy controls, by its name; empty counts all choices.
     """
 
     layers: list[LayerCost]
-    positions: tuple[str, ...]
+    positions: dict[str, list[str]]
     nested: bool
     uniform_gbitops: dict[str, float]
     policy_layers: list[LayerCost]
@@ -122,13 +122,13 @@ def profile(config: Config, class_names: tuple[str, ...]) -> Profile:
     detector = experiment.quantized_detector()
     quantized = detector_layers(detector)
     layers = [replace(layer, choices=same.choices) for layer, same in zip(full, quantized, strict=True)]
-    costs = CostTable(layers, detector.positions)
+    costs = CostTable(layers, detector.layers_at)
     uniform = {
         choice_name(choice): costs.gbitops(torch.full((1, len(detector.positions)), k)).item()
         for k, choice in enumerate(detector.choices)
     }
     nested = config.bits.weights == "nested"
-    return Profile(layers, detector.positions, nested, uniform, policy_layers(experiment.policy(), detector.image_size))
+    return Profile(layers, detector.layers_at, nested, uniform, policy_layers(experiment.policy(), detector.image_size))
 
 
 def at_configuration(result: Profile, configuration: str) -> Profile:
@@ -147,7 +147,10 @@ def at_configuration(result: Profile, configuration: str) -> Profile:
     if len(names) not in (1, len(result.positions)):
         raise InputError(f"--configuration: expected 1 or {len(result.positions)} choices, got {len(names)}")
     numbers = [known.index(name) for name in names * (len(result.positions) // len(names))]
-    return replace(result, configuration=dict(zip(result.positions, numbers, strict=True)))
+    chosen = {}
+    for layers, number in zip(result.positions.values(), numbers, strict=True):
+        chosen |= dict.fromkeys(layers, number)
+    return replace(result, configuration=chosen)
 
 
 def class_names_of(roots: Sequence[str]) -> tuple[str, ...]:

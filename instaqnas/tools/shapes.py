@@ -22,11 +22,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--test", type=int, default=500, help="test images")
     parser.add_argument("--image-size", type=int, default=160, help="side of the images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images")
+    parser.add_argument("--empty", type=float, default=0.0, help="share of images without objects, as cameras see them")
     options = parser.parse_args(arguments)
 
     counts = {"train": options.train, "val": options.val, "test": options.test}
     with exit_on_input_error():
-        generate_shapes(options.root, counts, image_size=options.image_size, seed=options.seed)
+        generate_shapes(options.root, counts, image_size=options.image_size, seed=options.seed, empty=options.empty)
         print(f"{options.root}: {', '.join(f'{count} {split}' for split, count in counts.items())} images")
 
 

@@ -167,7 +167,14 @@ def _backward(
             observation = detector.observe(part.images)
             choices.append(choose_bits(observation.input, part.keys))
             output = network(part.images, choices[-1], observation.stem)
-            own = multibox_loss(output.box_offsets, output.class_logits, target.offsets, target.labels, positives)
+            own = multibox_loss(
+                output.box_offsets,
+                output.class_logits,
+                target.offsets,
+                target.labels,
+                positives,
+                min_negatives=detector.min_negatives,
+            )
             if distill_loss is not None:
                 own["distill"] = distill_loss(output)
             # Gradients become the mean over processes, but the loss is a sum over all images.

@@ -162,12 +162,12 @@ def test_empty_folder_is_filled(tmp_path: Path) -> None:
 def test_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
 
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **settings: object) -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return draw_image(*args)
+        return draw_image(*args, **settings)
 
     monkeypatch.setattr("instaqnas.data.shapes.draw_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -212,3 +212,31 @@ def test_command_line_reports_wrong_input_in_one_line(tmp_path: Path, capsys: py
         main(["--root", str(tmp_path / "shapes"), "--train", "-1"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_empty_images_have_no_objects_and_the_others_are_as_they_were(tree: Path, tmp_path: Path) -> None:
+    generate_shapes(tmp_path / "watch", COUNTS, image_size=IMAGE_SIZE, seed=3, empty=0.6)
+    with_objects = [i for i in read_ids(tmp_path / "watch", "train") if read_objects(tmp_path / "watch", i)]
+    assert 0.25 < len(with_objects) / COUNTS["train"] < 0.55
+    for image_id in with_objects:
+        for name in (f"JPEGImages/{image_id}.jpg", f"Annotations/{image_id}.xml"):
+            assert (tmp_path / "watch" / name).read_bytes() == (tree / name).read_bytes()
+    assert (tmp_path / "watch" / "difficulty.csv").read_text() == (tree / "difficulty.csv").read_text()
+    fewer = tmp_path / "fewer"
+    generate_shapes(fewer, COUNTS, image_size=IMAGE_SIZE, seed=3, empty=0.3)
+    assert set(with_objects) < {i for i in read_ids(fewer, "train") if read_objects(fewer, i)}
+
+
+def test_a_background_is_that_of_an_image_of_the_same_difficulty() -> None:
+    full, empty = (draw_image(np.random.default_rng(1), 96, 0.0, empty=e) for e in (False, True))
+    assert len(empty.boxes) == 0
+    xmin, ymin, xmax, ymax = full.boxes.min(0)[0], full.boxes.min(0)[1], full.boxes.max(0)[2], full.boxes.max(0)[3]
+    outside = np.ones((96, 96), dtype=bool)
+    outside[max(ymin - 3, 0) : ymax + 2, max(xmin - 3, 0) : xmax + 2] = False
+    assert (full.image[outside] == empty.image[outside]).all()  # difficulty 0: no noise, and nothing else drawn
+
+
+@pytest.mark.parametrize("empty", [-0.1, 1.0])
+def test_a_share_of_empty_images_outside_its_range_is_refused(tmp_path: Path, empty: float) -> None:
+    with pytest.raises(InputError, match="share of empty images"):
+        generate_shapes(tmp_path / "x", {"train": 1}, empty=empty)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from instaqnas.detector.multibox_loss import hard_negatives, image_losses, multibox_loss
@@ -161,3 +162,25 @@ def test_the_loss_of_an_image_ignores_targets_of_the_background() -> None:
     for poison in (math.inf, -math.inf, math.nan):
         poisoned = torch.where((labels > 0)[..., None], targets, poison)
         assert torch.equal(image_losses(offsets, logits, poisoned, labels), expected)
+
+
+def test_images_without_objects_teach_by_their_hardest_negatives() -> None:
+    """By hand: softmax of (0, 0), (0, ln 3) and (0, ln 7) gives background the probabilities 1/2, 1/4 and 1/8."""
+    logits = torch.tensor([[[0.0, 0], [0, math.log(3)], [0, math.log(7)]]], requires_grad=True)
+    empty = torch.zeros(1, 3, dtype=torch.int64)
+    offsets = torch.zeros(1, 3, 4)
+    assert multibox_loss(offsets, logits, offsets, empty)["class"].item() == 0
+    losses = multibox_loss(offsets, logits, offsets, empty, min_negatives=2)
+    assert losses["class"].item() == pytest.approx(math.log(4) + math.log(8))
+    assert image_losses(offsets, logits, offsets, empty, min_negatives=2).tolist() == pytest.approx([math.log(32)])
+    losses["class"].backward()
+    assert (logits.grad[0, 0] == 0).all()
+    assert (logits.grad[0, 1:, 1] > 0).all()  # descent lowers the score of the class
+
+
+def test_images_with_objects_have_three_negatives_a_positive_whatever_the_minimum_below() -> None:
+    loss = torch.arange(8.0)[None]
+    positive = torch.zeros(1, 8, dtype=torch.bool)
+    positive[0, 7] = True
+    for least, chosen in ((0, [4, 5, 6]), (3, [4, 5, 6]), (5, [2, 3, 4, 5, 6]), (99, [0, 1, 2, 3, 4, 5, 6])):
+        assert hard_negatives(loss, positive, least)[0].nonzero().flatten().tolist() == chosen

@@ -19,7 +19,7 @@ MACS = (5, 1, 3, 8)
 def cost_table(macs: tuple[int, ...] = MACS, choices: tuple[tuple[int, int], ...] = CHOICES) -> CostTable:
     layers = [LayerCost(f"layer{i}", 10**6 * count, 0, 0, choices) for i, count in enumerate(macs)]
     fixed = LayerCost("stem", 10**6, 0, 0, ((8, 8),))
-    return CostTable([fixed, *layers], [layer.name for layer in layers])
+    return CostTable([fixed, *layers], {layer.name: [layer.name] for layer in layers})
 
 
 def additive(losses: list[list[float]]):

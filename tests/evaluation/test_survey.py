@@ -21,7 +21,8 @@ from instaqnas.evaluation.survey import Survey, diagnose, survey
 from instaqnas.quant.bitops import CostTable, LayerCost
 
 COSTS = CostTable(
-    [LayerCost(name, macs, 0, 0, ((2, 2), (4, 4))) for name, macs in (("a", 10**9), ("b", 10**8))], ["a", "b"]
+    [LayerCost(name, macs, 0, 0, ((2, 2), (4, 4))) for name, macs in (("a", 10**9), ("b", 10**8))],
+    {"a": ["a"], "b": ["b"]},
 )
 
 

@@ -181,7 +181,7 @@ def test_bitops_of_a_layer_are_macs_times_both_bits() -> None:
 def test_a_table_equals_a_naive_sum_for_every_configuration(positions: tuple[str, str]) -> None:
     products, macs = (4, 12), {"b": 300, "d": 70_000}
     last = {"b": 64, "d": 1024}
-    costs = CostTable(toy_layers(), positions)
+    costs = CostTable(toy_layers(), {name: [name] for name in positions})
     configurations = list(itertools.product(range(3), repeat=2))
     random.Random(0).shuffle(configurations)
     expected = []
@@ -261,5 +261,5 @@ def test_macs_of_the_policy_equal_the_flop_counters(pool: int, macs: str) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_table_takes_configurations_from_cuda() -> None:
     choices = torch.randint(3, (4, 2))
-    costs = CostTable(toy_layers(), ("b", "d"))
+    costs = CostTable(toy_layers(), {"b": ["b"], "d": ["d"]})
     assert torch.equal(costs.gbitops(choices.cuda()), costs.gbitops(choices))

@@ -353,7 +353,9 @@ def test_infinite_loss_stops_naming_step_and_images_and_keeps_the_checkpoint(
 ) -> None:
     run = copy_stages(finished_run, tmp_path / "run", "search")
     monkeypatch.setattr(
-        detector_step, "multibox_loss", lambda offsets, *_: {"box": math.inf + offsets.sum(), "class": torch.ones(())}
+        detector_step,
+        "multibox_loss",
+        lambda offsets, *_, **__: {"box": math.inf + offsets.sum(), "class": torch.ones(())},
     )
     with pytest.raises(
         TrainingError, match=r"step 0: the loss is inf; .*images of the batch: train_00000\d, train_00000\d"
@@ -907,3 +909,24 @@ def test_a_collapsed_policy_is_reported_in_one_line(
         stages.run_eval(make_command("eval", run, "--init", str(run / "finetune" / "collapsed.pt")))
     lines = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]
     assert "collapsed policy: one configuration for all 6 images of the test split" in lines
+
+
+@pytest.mark.slow
+def test_a_policy_may_choose_one_level_for_all_layers(make_command, tmp_path: Path) -> None:
+    run = tmp_path / "levels"
+    options = (
+        "--bits.positions=network", "--detector.min_negatives=3", "--reward.name=budget", "--reward.quality=loss",
+        "--reward.target_gbitops=0.025", "--policy.effort=true", "--search.start=sensitivity",
+        "--pretrain_fp32.epochs=1",
+    )  # fmt: skip
+    for stage in ("pretrain", "search", "finetune"):
+        getattr(stages, f"run_{stage}")(make_command(stage, run, *options))
+    stages.run_eval(make_command("eval", run, "--bits=all", *options))
+    rows = {row["bits"]: row for row in read_report(run)["rows"]}
+    levels = [rows[f"uniform:{name}"]["gbitops_detector"] for name in ("w2a2", "w3a3", "w4a4")]
+    assert levels == pytest.approx([levels[0], levels[0] * 9 / 4, levels[0] * 4], rel=1e-9)  # no layer has other bits
+    chosen = [float(image["gbitops"]) for image in read_images(run) if image["bits"] == "policy"]
+    assert chosen
+    assert set(chosen) <= {round(level, 6) for level in levels}  # as the table writes them
+    columns = {len([key for key in image if key.startswith("position_")]) for image in read_images(run)}
+    assert columns == {13}  # of the full-precision network; a level fills the first
