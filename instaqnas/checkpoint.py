@@ -1,10 +1,8 @@
-"""Checkpoints: written so that a crash leaves the old one whole, read so that a damaged one is refused."""
+"""Checkpoint files: a crash while writing keeps the old file, and reading detects damage."""
 
 from __future__ import annotations
 
 import os
-import pickle
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,24 +10,22 @@ from typing import Any
 import torch
 
 from instaqnas.errors import InputError, TrainingError
-
-# What the readers of zip files and pickles raise for damaged ones.
-_DAMAGES = (
-    OSError, zipfile.BadZipFile, NotImplementedError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError,
-    KeyError, IndexError, AttributeError, TypeError, OverflowError, struct.error,
-)  # fmt: skip
+from instaqnas.files import DAMAGES
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and plain Python values; the file appears under its name only when it is complete on disk."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: that of a killed run is written over
+    """Writes tensors and plain Python values; the file gets its name only when it is complete on disk.
+
+    Raises: TrainingError if the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same name: overwrites the rest of a killed run
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer on a full disk
+    except (OSError, RuntimeError) as error:  # `torch.save` raises RuntimeError on a full disk
         temporary.unlink(missing_ok=True)
         raise TrainingError(f"{path}: cannot be written ({_first_line(error)}); what was there is untouched") from error
     folder = os.open(path.parent, os.O_RDONLY)
@@ -40,23 +36,23 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what `save_checkpoint` wrote, onto the CPU.
+    """Reads a file of `save_checkpoint` onto the CPU.
 
-    Raises: InputError if the file is missing, is not a checkpoint or is damaged. `torch.load` itself would accept most
-    flipped bits; the checksums of the zip container tell. Compressed entries are refused: they could be of any size.
+    Raises: InputError if the file is missing, is not a checkpoint or is damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            entries, size = archive.infolist(), path.stat().st_size
-            if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size for entry in entries):
-                raise InputError(f"{path}: not a checkpoint of this program (compressed entries)")
-            damaged = archive.testzip()
+            size = path.stat().st_size
+            for entry in archive.infolist():  # before any is read: a compressed entry can expand to any size
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+                    raise InputError(f"{path}: not a checkpoint of this program (compressed entries)")
+            damaged = archive.testzip()  # by checksums: `torch.load` accepts most flipped bits
         if damaged is not None:
             raise InputError(f"{path}: damaged checkpoint (checksum of {damaged})")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except _DAMAGES as error:
+    except DAMAGES as error:
         raise InputError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
     if not isinstance(state, dict) or "stage" not in state:
         raise InputError(f"{path}: not a checkpoint of this program (no stage in it)")

@@ -5,14 +5,22 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import pickle
 import secrets
 import shutil
+import struct
+import zipfile
 from itertools import chain
 from pathlib import Path
 
 from instaqnas.errors import InputError
 
 GB = 1e9  # bytes
+# Raised by the readers of zip files and pickles for damaged files.
+DAMAGES = (
+    OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, LookupError, ArithmeticError,
+    AttributeError, TypeError, ValueError, struct.error,
+)  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,7 +30,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
-    except OSError:
+    except BaseException:  # an interruption too must not leave a file of a unique name
         temporary.unlink(missing_ok=True)
         raise
 

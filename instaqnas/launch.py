@@ -15,11 +15,15 @@ import sys
 def main(arguments: list[str] | None = None) -> None:
     """Runs the processes to their end; the exit status is that of the first one that failed."""
     logging.disable(logging.CRITICAL)  # in this process; torchrun would log that the others have failed
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     try:
         run(parse_args(sys.argv[1:] if arguments is None else arguments))
+    except SignalException as error:  # Ctrl-C, or SIGTERM from a scheduler; the processes have ended
+        sys.stderr.write("interrupted; the same command (without --restart) continues from the last checkpoint\n")
+        sys.exit(128 + error.sigval.value)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -302,6 +303,27 @@ def test_wrong_input_ends_all_processes_in_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path}/absent.yaml: No such file or directory\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_all_processes_in_one_line(tmp_path: Path, number: signal.Signals) -> None:
+    script = tmp_path / "wait.py"
+    script.write_text("import os, pathlib, time; pathlib.Path(os.environ['RANK']).touch(); time.sleep(60)")
+    words = ["-m", "instaqnas.launch", "--standalone", "--nproc-per-node", "2", "--", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, *words], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    )
+    while process.poll() is None and not ((tmp_path / "0").exists() and (tmp_path / "1").exists()):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    lines = [line for line in errors.splitlines() if "interrupted" in line]
+    assert process.returncode == 128 + number
+    assert lines == ["interrupted; the same command (without --restart) continues from the last checkpoint"]
+    assert "ChildFailedError" not in errors
+    assert "SignalException" not in errors
 
 
 @pytest.mark.parametrize(

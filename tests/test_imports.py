@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "instaqnas"
 FLOORS = (  # from the ground up; parts of one floor do not import each other
     {"errors", "bits", "cpus", "pixels"},
-    {"seeds", "files", "checkpoint", "distributed"},
+    {"seeds", "files", "distributed"},
+    {"checkpoint"},
     {"config", "data", "metrics"},
     {"quant"},
     {"detector", "policy"},

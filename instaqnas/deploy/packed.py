@@ -13,13 +13,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from instaqnas.bits import BitChoice
+from instaqnas.bits import BitChoice, PolicyInput
 from instaqnas.checkpoint import load_checkpoint, save_checkpoint
 from instaqnas.config.reading import from_plain
 from instaqnas.config.settings import EvalConfig
@@ -48,7 +48,7 @@ class Architecture:
     policy_pool: int
     policy_width: int
     policy_bits: BitChoice
-    policy_input: Literal["image", "stem"] = "image"  # the default is for files that predate the setting
+    policy_input: PolicyInput = "image"  # the default is for files that predate the setting
     policy_effort: bool = False  # likewise
 
     def detector(self, classes: int) -> SwitchableSSD:

@@ -13,8 +13,6 @@ weights are only a starting point.
 
 from __future__ import annotations
 
-import pickle
-import struct
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -27,18 +25,12 @@ from torch import Tensor
 from instaqnas.detector.mobilenet import BLOCKS
 from instaqnas.detector.ssd import EXTRAS, SOURCE_BLOCKS, SwitchableSSD
 from instaqnas.errors import InputError
+from instaqnas.files import DAMAGES
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 TIMM_STAGES = (1, 2, 2, 6, 2)  # blocks per stage
 MAPS = len(SOURCE_BLOCKS) + len(EXTRAS)
 MOST_NAMED = 5  # keys, in the report
-# Raised by the zip and pickle readers for damaged files.
-_DAMAGES = (
-    OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, LookupError, ArithmeticError,
-    AttributeError, TypeError, ValueError, struct.error,
-)  # fmt: skip
-
-
 # --- Names in the file and in SwitchableSSD ---------------------------------------------------------------------------
 
 
@@ -188,7 +180,7 @@ def _read(path: str | Path) -> Mapping[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except _DAMAGES as error:
+    except DAMAGES as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not readable weights ({first_line})") from None
     if isinstance(state, dict) and "stage" in state:

@@ -20,6 +20,7 @@ from instaqnas.config.command import Command
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import detector_costs, position_count
 from instaqnas.evaluation.sensitivity import (
+    LOSS_FORMULA,
     PretrainedLoss,
     pretrained_loss,
     read_record,
@@ -124,6 +125,7 @@ class Baselines:
     def _static(self) -> list[int]:
         """The configuration of static.json if it was found for this policy and network; else it is searched for."""
         found_for = {
+            "formula": LOSS_FORMULA,
             "network": self.pretrained.digest,
             "policy": _digest(self.policy),
             "split": self.experiment.tuning_split,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import NamedTuple
@@ -63,7 +63,7 @@ class EvalReport:
     distinct_configs: int
     images: int
     per_image: list[ImageRow]
-    records: DetectionRecords
+    records: DetectionRecords  # with several processes, empty but on the first one
 
     @property
     def gbitops_total(self) -> float:
@@ -225,6 +225,10 @@ def report_of_all(share: Sequence[MeasuredBatch], policy_gbitops: float, class_n
     """
     shares = distributed.gathered(share)
     report = None if shares is None else _report(_joined(shares), policy_gbitops, class_names)
+    if report is not None and distributed.world_size() > 1:
+        # Detections stay with the writer, which alone writes reports: they are tens of megabytes on a large split.
+        distributed.from_writer(replace(report, records=DetectionRecords()))
+        return report
     return distributed.from_writer(report)
 
 

@@ -12,12 +12,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from instaqnas.bits import choice_name
+from instaqnas.bits import BitChoice, choice_name
 from instaqnas.evaluation.measure import EvalReport
 from instaqnas.evaluation.survey import Diagnosis
 from instaqnas.experiment.run_dir import versions
 from instaqnas.files import write_text
-from instaqnas.quant.switchable import BitChoice
 
 # Matplotlib's names of the colours of rows, the same in every plot.
 COLOURS = {

@@ -25,6 +25,7 @@ from instaqnas.policy.bit_config import ChooseBits
 from instaqnas.quant.bitops import CostTable
 
 MOST_IMAGES = 512  # that a loss is measured on
+LOSS_FORMULA = "2"  # raise it whenever the same network and images give other losses: records are found anew
 ANY = -1  # in place of a choice: a random one for every image
 
 Configuration = Sequence[int]  # the index of a choice at each of L positions, or ANY
@@ -97,7 +98,12 @@ def sensitivity_of(experiment: Experiment, pretrained: PretrainedLoss) -> Sensit
 
     Raises: InputError if the file that keeps it is damaged.
     """
-    found_for = {"network": pretrained.source.digest, "split": experiment.tuning_split}
+    found_for = {
+        "formula": LOSS_FORMULA,
+        "network": pretrained.source.digest,
+        "split": experiment.tuning_split,
+        "images": experiment.images_digest(experiment.tuning_annotations()),
+    }
     path = pretrained.source.path.parent / "sensitivity.json"
     record = read_record(path, found_for)
     if record is None:

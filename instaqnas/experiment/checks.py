@@ -36,7 +36,7 @@ def quick_preflight(experiment: Experiment, run: Path, stages: Sequence[Stage], 
         experiment: parts of the config.
         run: folder of the run.
         stages: that are about to run.
-        restart: they begin anew, and their earlier checkpoints stay on the disk.
+        restart: the stages start over; their old checkpoints are kept and need disk space too.
 
     Raises: InputError that names the first wrong file, the setting, or the missing disk space.
     """
@@ -55,8 +55,8 @@ def check_batches(experiment: Experiment, stages: Sequence[Stage]) -> None:
 
     A search that cannot run is refused before hours of pretraining.
 
-    Raises: InputError that names a setting whose batches do not give every process equal parts, are larger than the
-        images that there are, or leave BatchNorm a single value per channel.
+    Raises: InputError that names the setting, if a batch cannot be split evenly, exceeds the number of images, or
+        leaves BatchNorm a single value per channel.
     """
     following = TRAINING_STAGES[TRAINING_STAGES.index(stage_named(stages[0].section)) :]
     detector = experiment.detector(DetectorBits.full_precision())
@@ -69,10 +69,14 @@ def check_batches(experiment: Experiment, stages: Sequence[Stage]) -> None:
         if stage is SEARCH:
             size = experiment.config.search.policy_batch_size
             _check_batch(experiment, "search.policy_batch_size", size, 1, "policy")
+            if min(size, len(experiment.train_indices("policy"))) < 2:
+                raise InputError(
+                    "search.policy_batch_size: BatchNorm of the policy needs two images or more in a batch, got 1"
+                )
 
 
 def _check_batch(experiment: Experiment, key: str, batch_size: int, parts: int, part: TrainPart) -> None:
-    """Raises InputError unless batches of a part of the train split give every process `parts` equal parts."""
+    """Raises InputError unless `batch_size` is a multiple of processes x `parts` and the split has enough images."""
     shares = parts * distributed.world_size()
     if batch_size % shares:
         raise InputError(f"{key}: expected a multiple of {shares} (processes x accumulate), got {batch_size}")
@@ -133,7 +137,7 @@ def check_disk(experiment: Experiment, run: Path, stages: Sequence[Stage], *, re
 
 
 def disk_needed(experiment: Experiment, run: Path, stages: Sequence[Stage], *, restart: bool = False) -> int:
-    """Bytes that the checkpoints of `stages` will take beyond the existing ones; with `restart` these do not count.
+    """Bytes that the checkpoints of `stages` will take; existing ones are subtracted unless `restart` is set.
 
     A stage keeps its last checkpoint, the best if there is a val split, and `keep_checkpoints` more. While one is
     written, it takes its space once more.

@@ -101,10 +101,10 @@ class Checkpoint:
             return
         try:
             old = completed(self.state["config"], ("seed", "data"))
+            was = _held_out(old, {"annotations": self.state["images"]["annotations"]})
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{self.path}: of another version of this program ({error})") from error
-        was = _held_out(old, self.state["images"])
-        now = _held_out(experiment.plain, experiment.train_images())
+        now = _held_out(experiment.plain, {"annotations": experiment.train_images()["annotations"]})
         if changed := differences(was, now):
             raise InputError(
                 f"{self.path}: may have been trained on images that are held out here ({'; '.join(changed)})"

@@ -178,18 +178,24 @@ class Experiment:
             self._annotations[key] = read_split(roots, split, self.class_names)
         return self._annotations[key]
 
-    def train_images(self) -> dict[str, Any]:
-        """Number of the annotated training images, and a digest of their ids, sizes and objects, as plain values.
+    def tuning_annotations(self) -> list[Annotation]:
+        """Annotations of `tuning_split`."""
+        return self.annotations(self.config.data.roots, self.tuning_split)
 
-        The digest tells other images from the same ones in another folder.
-        """
+    def train_images(self) -> dict[str, Any]:
+        """Number of the annotated training images, and `images_digest` of their annotations, as plain values."""
         data = self.config.data
         annotations = self.annotations(data.roots, data.train_split)
+        return {"count": len(annotations), "annotations": self.images_digest(annotations)}
+
+    @staticmethod
+    def images_digest(annotations: Sequence[Annotation]) -> str:
+        """SHA-256 of ids, sizes and objects: equal for the same images in another folder. Pixels are not read."""
         digest = hashlib.sha256()
         for a in annotations:
             objects = [a.boxes_xyxy.tolist(), a.labels.tolist(), a.difficult.tolist()]
             digest.update(repr((a.image_id, a.width, a.height, objects)).encode())
-        return {"count": len(annotations), "sha256": digest.hexdigest()}
+        return digest.hexdigest()
 
     def train_indices(self, part: TrainPart) -> list[int]:
         """Indices of the images of the train split that the detector is trained on, or that the policy learns from.

@@ -233,11 +233,13 @@ class RunDir:
 
     def close(self) -> None:
         """Closes the event file and unlocks the folder; may be called again."""
-        if self._writer is not None:
-            self._writer.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def _locked(self) -> int:
         """Creates the folder and locks it."""
@@ -258,14 +260,16 @@ class RunDir:
         state, stage = begun.state, self.stage
         try:
             old = stage.decisive(completed(state["config"], stage.compared_sections))
+            source, images, configuration = state["source"], state["images"], state["configuration"]
+            if images and "annotations" not in images:
+                raise KeyError("annotations")
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{self.last}: of another version of this program ({error})") from error
-        was = {"stage": state["stage"], **old, "classes": state["classes"], "configuration": state["configuration"]}
+        was = {"stage": state["stage"], **old, "classes": state["classes"], "configuration": configuration}
         now = {"stage": stage.name, **stage.decisive(self.config), "classes": self.classes}
         changed = differences(was, {**now, "configuration": self.configuration})
-        if state["source"] != self.source:
+        if source != self.source:
             changed.append(f"from other weights than {', '.join(map(str, sources)) or 'none'}")
-        images = state["images"]
         if images != self.images:
             changed.append(f"with other training images: {images['count']} then, {self.images['count']} now")
         if changed:

@@ -16,7 +16,7 @@ from instaqnas.config.settings import Config, SearchConfig, TrainConfig
 
 # Settings that do not change the result of a stage: by section, or `stage` for the section that the stage follows.
 HARMLESS_SETTINGS = {
-    "data": ("roots", "workers", "test_roots", "test_split"),  # the images themselves are compared, not their folder
+    "data": ("roots", "workers", "test_roots", "test_split"),  # annotations are compared, not their folder
     "eval": ("batch_size",),
     "stage": ("save_every", "save_minutes", "keep_checkpoints"),
 }

@@ -1,4 +1,4 @@
-"""The command line that tools on the networks of a trained run have in common."""
+"""Command line options shared by the tools that run the networks of a trained run."""
 
 from __future__ import annotations
 
@@ -14,40 +14,48 @@ from instaqnas.experiment.parts import Experiment
 def run_parser(
     tool: str, description: str, example: str, *, init: str | None = "the run's latest stage"
 ) -> argparse.ArgumentParser:
-    """A parser with --config, --run and --init; `example` is a setting that may be overridden beside them.
+    """A parser with the options --config, --run and --init.
 
-    `init` names the checkpoint that --init replaces; None leaves that option out.
+    Args:
+        tool: name of the module in `instaqnas.tools`.
+        description: help text.
+        example: an overridden setting, shown in the help text.
+        init: the checkpoint that is used without --init, for the help text; None for a parser without --init.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m instaqnas.tools.{tool}",
         description=description,
-        epilog=f"Settings can be overridden, such as {example}.",
+        epilog=f"Settings of the config can be overridden, for example {example}.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
     parser.add_argument("--run", metavar="FOLDER", help="folder of the run (default: runs/<name of FILE>)")
     if init is not None:
-        parser.add_argument("--init", metavar="CHECKPOINT", help=f"take this checkpoint instead of {init}")
+        parser.add_argument("--init", metavar="CHECKPOINT", help=f"checkpoint to use instead of {init}")
     return parser
 
 
 def add_split(parser: argparse.ArgumentParser) -> None:
-    """The option --split, which `split_to_measure` reads."""
-    parser.add_argument("--split", help="images to measure on (default: the val split, the train split without one)")
+    """Adds the option --split, which `split_to_measure` reads."""
+    parser.add_argument("--split", help="split to measure on (default: val, or train if there is no val split)")
 
 
 def split_to_measure(options: argparse.Namespace, experiment: Experiment) -> str:
-    """That of --split, else the one that choices are to be made on; a note tells what its figures are no good for."""
-    data, split = experiment.config.data, options.split or experiment.tuning_split
+    """The split of --split, or the tuning split without it.
+
+    Prints a note to stderr for the test split, on which nothing may be tuned, and for the train split.
+    """
+    data = experiment.config.data
+    split = options.split or experiment.tuning_split
     if split == data.test_split:
-        sys.stderr.write(f"note: choices and targets that the {split} split has picked are not to be judged on it\n")
+        sys.stderr.write(f"note: do not use the {split} split both to pick choices or targets and to evaluate them\n")
     if split == data.train_split:
-        sys.stderr.write(f"note: training has seen the {split} split; mAP is higher there than on others\n")
+        sys.stderr.write(f"note: the network was trained on the {split} split; mAP is higher than on unseen images\n")
     return split
 
 
 def refuse(overrides: Sequence[str], *options: str) -> None:
-    """Raises InputError for options of the stage scripts that a tool has no use for."""
+    """Raises InputError if one of `options` of the stage scripts is among the `overrides` of a tool without it."""
     for word in overrides:
         option = word.partition("=")[0]
         if option in options:
@@ -55,17 +63,16 @@ def refuse(overrides: Sequence[str], *options: str) -> None:
 
 
 def run_command(options: argparse.Namespace, overrides: Sequence[str]) -> Command:
-    """The command that `config`, `run` and `init` of `options` and the settings in `overrides` amount to.
+    """The command of the options --config, --run and --init, with the settings in `overrides`.
 
-    Raises: InputError as `parse_command`, and for bits that are not the policy's.
+    Raises: InputError as `parse_command`, and for `--bits` other than `policy`.
     """
-    named = [
-        word
-        for name in ("config", "run", "init")
-        if (value := getattr(options, name, None))
-        for word in (f"--{name}", value)
-    ]
-    command = parse_command("eval", [*named, *overrides])
+    words: list[str] = []
+    for name in ("config", "run", "init"):
+        value = getattr(options, name, None)  # a parser may lack --init
+        if value:
+            words += [f"--{name}", value]
+    command = parse_command("eval", [*words, *overrides])
     if command.bits != "policy":
         raise InputError(f"--bits {command.bits}: here the policy chooses the bits; eval.py compares other ways")
     return command

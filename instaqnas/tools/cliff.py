@@ -1,8 +1,12 @@
-"""Finds where quality falls: `python -m instaqnas.tools.cliff --config FILE --run runs/NAME`.
+"""Finds the cost below which quality falls: `python -m instaqnas.tools.cliff --config FILE --run runs/NAME`.
 
-From one network that was trained under random bit configurations: mAP, loss and GBitOps of every uniform choice, and
-how much the loss rises when one position gets a cheaper choice, all others being random. Choices and targets pay at the
-cliff, between the neighbouring uniform choices where mAP falls most per GBitOps.
+Measures one network that was trained under random bit configurations:
+
+- mAP, loss and GBitOps under every uniform choice;
+- the rise of the loss when one position gets a cheaper choice and all others stay random.
+
+The cliff is the pair of uniform choices, neighbours in cost, between which mAP falls most per GBitOps. Target costs
+are best set between these two.
 """
 
 from __future__ import annotations
@@ -38,7 +42,13 @@ class UniformChoice:
 
 @dataclass(frozen=True)
 class CheaperChoice:
-    """One position at a cheaper choice than its dearest, all others random: rise of the mean loss, GBitOps saved."""
+    """One position at less than its most expensive choice, all others random.
+
+    Args:
+        position, choice: names.
+        loss_rise: mean loss minus the mean loss with this position at its most expensive choice.
+        gbitops_saved: per image, above 0.
+    """
 
     position: str
     choice: str
@@ -53,7 +63,15 @@ class CheaperChoice:
 
 @dataclass(frozen=True)
 class Landscape:
-    """What was measured of one network on one split; `policy_gbitops` is what choosing costs an image."""
+    """Measurements of one network on one split.
+
+    Args:
+        split: name of the split.
+        checkpoint: file of the network.
+        policy_gbitops: cost of the policy network per image.
+        uniform: one entry for each choice.
+        steps: one entry for each position and cheaper choice.
+    """
 
     split: str
     checkpoint: str
@@ -62,26 +80,35 @@ class Landscape:
     steps: list[CheaperChoice]
 
     def plain(self) -> dict[str, Any]:
-        """Plain values for JSON; `cliff` names the choices below and above it, None where quality never falls."""
-        edge = cliff(self.uniform)
+        """Plain values for JSON.
+
+        `cliff` has the names of the choices below and above the cliff, `target_gbitops` their costs with the policy;
+        both are None if mAP never falls.
+        """
         steps = [{**asdict(step), "rise_per_gbitops": step.rise_per_gbitops} for step in self.steps]
-        targets = None if edge is None else [choice.gbitops + self.policy_gbitops for choice in edge]
-        named = None if edge is None else [choice.choice for choice in edge]
-        return {**asdict(self), "steps": steps, "cliff": named, "target_gbitops": targets}
+        edge = cliff(self.uniform)
+        if edge is None:
+            return {**asdict(self), "steps": steps, "cliff": None, "target_gbitops": None}
+        names = [row.choice for row in edge]
+        targets = [row.gbitops + self.policy_gbitops for row in edge]
+        return {**asdict(self), "steps": steps, "cliff": names, "target_gbitops": targets}
 
 
 def cliff(uniform: Sequence[UniformChoice]) -> tuple[UniformChoice, UniformChoice] | None:
-    """The neighbours in cost, cheaper first, between which mAP falls most per GBitOps; None if it falls nowhere.
+    """The two neighbours in cost, cheaper first, between which mAP falls most per GBitOps; None if it never falls.
 
-    Of choices that cost the same the one with the higher mAP counts.
+    Among choices of equal cost, only the one with the highest mAP is considered.
     """
-    best = {row.gbitops: row for row in sorted(uniform, key=lambda row: row.map_11pt)}
-    neighbours = list(pairwise(best[gbitops] for gbitops in sorted(best)))
+    best: dict[float, UniformChoice] = {}
+    for row in uniform:
+        if row.gbitops not in best or row.map_11pt >= best[row.gbitops].map_11pt:
+            best[row.gbitops] = row
+    neighbours = pairwise(best[gbitops] for gbitops in sorted(best))
     return max((pair for pair in neighbours if _fall(pair) > 0), key=_fall, default=None)
 
 
 def _fall(pair: tuple[UniformChoice, UniformChoice]) -> float:
-    """mAP that a saved GBitOps costs."""
+    """mAP lost per GBitOps saved, from the second choice of a pair to the first."""
     lower, upper = pair
     return (upper.map_11pt - lower.map_11pt) / (upper.gbitops - lower.gbitops)
 
@@ -89,26 +116,36 @@ def _fall(pair: tuple[UniformChoice, UniformChoice]) -> float:
 def cheaper_steps(
     positions: Sequence[str], choices: Sequence[str], losses: Sequence[Sequence[float]], costs: CostTable
 ) -> list[CheaperChoice]:
-    """All choices of all positions but the dearest; `losses` [L][K] are those of `Sensitivity`."""
-    expensive, table = cheapest_and_most_expensive(costs).most_expensive, costs.table.tolist()
-    return [
-        CheaperChoice(
-            positions[position], choices[k], row[k] - row[top], (table[position][top] - table[position][k]) / 1e9
-        )
-        for position, (row, top) in enumerate(zip(losses, expensive, strict=True))
-        for k in range(len(choices))
-        if table[position][k] < table[position][top]
-    ]
+    """Compares each choice of each position with the most expensive choice of that position.
+
+    Args:
+        positions: L names.
+        choices: K names.
+        losses: mean losses [L][K], as in `Sensitivity`.
+        costs: of the detector.
+    """
+    most_expensive = cheapest_and_most_expensive(costs).most_expensive
+    bitops = costs.table.tolist()
+    steps = []
+    for position, name in enumerate(positions):
+        top = most_expensive[position]
+        for k, choice in enumerate(choices):
+            saved = bitops[position][top] - bitops[position][k]
+            if saved > 0:
+                rise = losses[position][k] - losses[position][top]
+                steps.append(CheaperChoice(name, choice, rise, saved / 1e9))
+    return steps
 
 
 def measure_landscape(experiment: Experiment, checkpoint: Checkpoint, split: str) -> Landscape:
-    """Runs the network of a checkpoint on a split under every uniform choice and every single cheaper one.
+    """Runs a network on a split: all positions at each choice, then one position at each choice with the others random.
 
-    Raises: InputError if the checkpoint is not of a quantized stage or has other settings, or there is no such split.
+    Raises: InputError if the checkpoint is not of a quantized stage or has other settings, or the split does not exist.
     """
     detector = experiment.quantized_detector().eval()
     checkpoint.load(experiment, detector, "detector", QUANTIZED_KINDS)
-    costs, names = detector_costs(detector), [choice_name(choice) for choice in detector.choices]
+    costs = detector_costs(detector)
+    names = [choice_name(choice) for choice in detector.choices]
     loader = experiment.loader_of(split)
     random_bits = experiment.choose_random("sensitivity")
     mean_loss = mean_loss_on(detector, loader, random_bits, experiment.device)
@@ -124,7 +161,7 @@ def measure_landscape(experiment: Experiment, checkpoint: Checkpoint, split: str
 
 
 def format_tables(found: Landscape) -> str:
-    """The tables of uniform choices and of positions, then the line that names the cliff."""
+    """A table of the uniform choices, a table of the positions, and `cliff_line`."""
     lines = [f"{found.checkpoint} on the {found.split} split", ""]
     lines.append(f"{'all positions':<32}{'mAP 11pt':>10}{'loss':>10}{'GBitOps':>10}")
     for row in sorted(found.uniform, key=lambda row: row.gbitops):
@@ -133,7 +170,7 @@ def format_tables(found: Landscape) -> str:
     for step in found.steps:
         by_position.setdefault(step.position, []).append(step)
     choices = dict.fromkeys(step.choice for step in found.steps)
-    lines += ["", "one position cheaper, all others at random: rise of the loss, and that per GBitOps saved"]
+    lines += ["", "one position cheaper, all others random: rise of the loss, and rise per GBitOps saved"]
     lines.append(f"{'position':<32}" + "".join(f"{choice:>10}{'per GBitOps':>13}" for choice in choices))
     for position, steps in by_position.items():
         figures = "".join(f"{step.loss_rise:>10.4f}{step.rise_per_gbitops:>13.3f}" for step in steps)
@@ -142,30 +179,31 @@ def format_tables(found: Landscape) -> str:
 
 
 def cliff_line(found: Landscape) -> str:
-    """Names the cliff, and the total costs, policy included, that targets should lie between."""
+    """One line with the two choices of the cliff and their costs, policy included."""
     edge = cliff(found.uniform)
     if edge is None:
-        return "no cliff: mAP falls between no two of these uniform choices; offer cheaper ones"
+        return "no cliff: mAP never falls from one uniform choice to the next cheaper one; add cheaper choices"
     lower, upper = edge
-    fall, per_gbitops = 100 * (upper.map_11pt - lower.map_11pt), 100 * _fall(edge)
+    fall = 100 * (upper.map_11pt - lower.map_11pt)
+    per_gbitops = 100 * _fall(edge)
     targets = " to ".join(f"{row.gbitops + found.policy_gbitops:.4g}" for row in edge)
     return (
         f"cliff: from {upper.choice} to {lower.choice} mAP falls by {fall:.1f} points, {per_gbitops:.4g} per GBitOps; "
-        f"aim targets at {targets} GBitOps, policy included"
+        f"set targets from {targets} GBitOps, policy included"
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints what the command line asks for."""
+    """Runs the command line tool."""
     parser = run_parser(
         "cliff",
-        "Measure every uniform bit choice and the sensitivity of every position of one trained network, and name the "
-        "cliff: where quality falls.",
+        "Measure every uniform bit choice and the sensitivity of every position of one trained network, and find the "
+        "cost below which quality falls.",
         "--data.workers 0",
-        init="the run's pretrained one",
+        init="the run's pretrained network",
     )
     add_split(parser)
-    parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     options, overrides = parser.parse_known_args(arguments)
     with exit_on_input_error():
         refuse(overrides, "--bits")
@@ -174,7 +212,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise InputError("bits.choices: expected two or more to compare, got one")
         experiment = Experiment(command.config)
         split = split_to_measure(options, experiment)
-        found = measure_landscape(experiment, initial_checkpoint(command) or pretrained_checkpoint(command), split)
+        checkpoint = initial_checkpoint(command) or pretrained_checkpoint(command)
+        found = measure_landscape(experiment, checkpoint, split)
     print(json.dumps(found.plain(), indent=1) if options.json else format_tables(found))
 
 

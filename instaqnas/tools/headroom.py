@@ -1,7 +1,8 @@
-"""What choosing bits per image could bring: `python -m instaqnas.tools.headroom --config FILE --run runs/NAME`.
+"""Estimates the gain from choosing bits per image: `python -m instaqnas.tools.headroom --config FILE --run runs/NAME`.
 
-Two detectors, each trained under one fixed bit configuration, share the images of a split: some go to the dear one, the
-others to the cheap one. Neither is held back by having to serve other bits, and which images are hard is known.
+Two detectors, each trained under one fixed bit configuration, share the images of a split: the first images of an
+order go to the expensive detector, all others to the cheap one. The estimate is optimistic in two ways: neither
+detector has to work with other bits, and some of the orders use annotations that a policy does not have.
 """
 
 from __future__ import annotations
@@ -31,13 +32,20 @@ from instaqnas.quant.bitops import CostTable
 from instaqnas.seeds import generator
 from instaqnas.tools.arguments import add_split, refuse, run_command, run_parser, split_to_measure
 
-SHARES = (0.25, 0.5, 0.75)  # of the images, to the dear detector
+SHARES = (0.25, 0.5, 0.75)  # of the images, for the expensive detector
 RANDOM_ORDERS = 5
 
 
 @dataclass(frozen=True)
 class FixedDetector:
-    """One of the two: the bits of each position, such as w3a4, checkpoint, mAP (11 points, 0 to 1) and GBitOps."""
+    """A detector trained under one configuration.
+
+    Args:
+        configuration: name of the choice at every position, such as w3a4.
+        checkpoint: its file.
+        map_11pt: of all images by this detector, 0 to 1.
+        gbitops: per image.
+    """
 
     configuration: list[str]
     checkpoint: str
@@ -47,16 +55,19 @@ class FixedDetector:
 
 @dataclass(frozen=True)
 class Headroom:
-    """What was measured on a split.
+    """Measurements on one split.
 
-    gbitops: means over the images for each of `SHARES`; what choosing costs is not in them.
-    map_11pt: for each way to order the images, mAP with the first of them at the dear detector, for each of `SHARES`;
-        at random, the mean over `RANDOM_ORDERS`.
+    Args:
+        split: its name.
+        cheap, expensive: the two detectors.
+        gbitops: mean per image at each of `SHARES`, without the cost of a policy.
+        map_11pt: mAP at each of `SHARES`, 0 to 1, by the name of the order; "at random" is the mean over
+            `RANDOM_ORDERS`.
     """
 
     split: str
     cheap: FixedDetector
-    dear: FixedDetector
+    expensive: FixedDetector
     gbitops: list[float]
     map_11pt: dict[str, list[float]]
 
@@ -65,26 +76,35 @@ class Headroom:
         return {"shares": SHARES, **asdict(self)}
 
 
-class _Trained(NamedTuple):
-    """A detector, and the configuration that it was trained under."""
+class _LoadedDetector(NamedTuple):
+    """A detector, its checkpoint, and the configuration it was trained under with its cost per image."""
 
     source: Checkpoint
     configuration: list[int]
     network: SwitchableSSD
+    gbitops: float
+
+    def figures(self, baselines: Baselines, map_11pt: float) -> FixedDetector:
+        """The detector by names and numbers, with its mAP on a split."""
+        return FixedDetector(baselines.names(self.configuration), str(self.source.path), map_11pt, self.gbitops)
 
 
-def mixed(cheap: Sequence[MeasuredBatch], dear: Sequence[MeasuredBatch], to_dear: Iterable[int]) -> list[MeasuredBatch]:
-    """The images of a split as the dear detector has measured those of the indices `to_dear`, and the cheap the rest.
+def mixed(
+    cheap: Sequence[MeasuredBatch], expensive: Sequence[MeasuredBatch], to_expensive: Iterable[int]
+) -> list[MeasuredBatch]:
+    """Measurements of a split shared by two detectors.
 
-    Both have measured the same batches.
+    Args:
+        cheap, expensive: measurements of the same batches by both detectors.
+        to_expensive: dataset indices of the images to take from `expensive`; all others are taken from `cheap`.
     """
-    chosen = set(map(int, to_dear))
+    indices = set(to_expensive)
     batches = []
-    for pair in zip(cheap, dear, strict=True):
-        both = zip(*(batch.images() for batch in pair), strict=True)
-        batches.append(
-            MeasuredBatch.of([of_dear if of_dear.place in chosen else of_cheap for of_cheap, of_dear in both])
-        )
+    for cheap_batch, expensive_batch in zip(cheap, expensive, strict=True):
+        images = []
+        for cheap_image, expensive_image in zip(cheap_batch.images(), expensive_batch.images(), strict=True):
+            images.append(expensive_image if expensive_image.place in indices else cheap_image)
+        batches.append(MeasuredBatch.of(images))
     return batches
 
 
@@ -93,78 +113,97 @@ def map_11pt(batches: Sequence[MeasuredBatch], class_names: Sequence[str]) -> fl
     return voc_map(records_of(batches), class_names).map_11pt
 
 
-def orders(cheap: Sequence[MeasuredBatch], dear: Sequence[MeasuredBatch]) -> dict[str, np.ndarray]:
-    """Ways to order the N images of a split, those that are to have more bits first: indices [N] for each.
+def orders(cheap: Sequence[MeasuredBatch], expensive: Sequence[MeasuredBatch]) -> dict[str, np.ndarray]:
+    """Orders of the N images of a split, images to get more bits first: dataset indices [N], by name.
 
-    The quality that was measured is the negative loss, a sum over the objects of an image. No policy knows the orders
-    by loss. That by the loss saved also finds what differs by chance between two trainings.
+    No policy knows the losses. The order by loss saved also profits from chance: it finds the images on which one of
+    two trainings was luckier.
+
+    Args:
+        cheap, expensive: measurements with the negative loss, summed over the objects of an image, as quality.
     """
     rows = [row for batch in cheap for row in batch.rows]
-    losses = [np.array([-row.quality for batch in batches for row in batch.rows]) for batches in (cheap, dear)]
-    difficulty = np.array([row.difficulty for row in rows])
+    cheap_loss = -_qualities(cheap)
+    expensive_loss = -_qualities(expensive)
     values = {"by objects": np.array([row.objects for row in rows])}
+    difficulty = np.array([row.difficulty for row in rows])
     if not np.isnan(difficulty).any():
         values["by difficulty"] = difficulty
-    values |= {"by loss at the cheap one": losses[0], "by loss saved": losses[0] - losses[1]}
-    return {name: largest_first(of_images) for name, of_images in values.items()}
+    values["by loss at the cheap one"] = cheap_loss
+    values["by loss saved"] = cheap_loss - expensive_loss
+    return {name: largest_first(values_of_images) for name, values_of_images in values.items()}
+
+
+def _qualities(batches: Sequence[MeasuredBatch]) -> np.ndarray:
+    """Quality [N] of each image."""
+    return np.array([row.quality for batch in batches for row in batch.rows])
 
 
 def largest_first(values: np.ndarray) -> np.ndarray:
-    """Indices [N] of N values in falling order, of equal ones the first first."""
+    """Indices [N] that sort `values` [N] from largest to smallest; equal values keep their order."""
     return np.argsort(-values, kind="stable")
 
 
 def measured_headroom(
-    baselines: Baselines, split: str, cheap: Path | None = None, dear: Path | None = None
+    baselines: Baselines, split: str, cheap: Path | None = None, expensive: Path | None = None
 ) -> Headroom:
-    """Runs two detectors on a split, and mixes what they found.
+    """Runs two detectors on a split, and computes mAP for images shared between them.
 
     Args:
-        cheap, dear: checkpoints of `finetune.py --bits`; None is what the run has trained under the cheapest, or
-            dearest, uniform choice.
+        baselines: of the run.
+        split: name of the split.
+        cheap: checkpoint of `finetune.py --bits`; None takes the run's detector of the cheapest uniform choice.
+        expensive: likewise; None takes the run's detector of the most expensive uniform choice.
 
-    Raises: InputError if there is no such checkpoint or split, or the dear detector is no dearer.
+    Raises: InputError if a checkpoint or the split does not exist, or `expensive` costs no more than `cheap`.
     """
     experiment = baselines.experiment
     loader = experiment.loader_of(split)
     costs = detector_costs(experiment.quantized_detector())
-    cheapest, dearest = uniform_extremes(costs)
-    ends = _trained(baselines, "cheap", cheap, cheapest), _trained(baselines, "dear", dear, dearest)
-    low, high = costs.gbitops(torch.tensor([end.configuration for end in ends])).tolist()
-    if high <= low:
+    cheapest_choice, most_expensive_choice = uniform_extremes(costs)
+    low = _load_detector(baselines, costs, "cheap", cheap, cheapest_choice)
+    high = _load_detector(baselines, costs, "expensive", expensive, most_expensive_choice)
+    if high.gbitops <= low.gbitops:
         raise InputError(
-            f"{ends[1].source.path}: costs {high:.4g} GBitOps, not more than {ends[0].source.path} with its {low:.4g}"
+            f"{high.source.path}: costs {high.gbitops:.4g} GBitOps, not more than {low.source.path} with its "
+            f"{low.gbitops:.4g}"
         )
-    by_policy = {}
+    policy_order = {}
     if has_policy(baselines.command.run):
-        by_policy = {"by what the policy spends": largest_first(expected_gbitops(baselines, loader, costs))}
-    low_share, high_share = (
-        measure_split(experiment, end.network, loader, fixed(end.configuration), "loss") for end in ends
-    )
+        policy_order["by expected GBitOps"] = largest_first(expected_gbitops(baselines, loader, costs))
+    low_batches = measure_split(experiment, low.network, loader, fixed(low.configuration), "loss")
+    high_batches = measure_split(experiment, high.network, loader, fixed(high.configuration), "loss")
 
-    images, names = len(loader.annotations), experiment.class_names
+    images, class_names = len(loader.annotations), experiment.class_names
     counts = [round(share * images) for share in SHARES]
 
     def maps_of(order: np.ndarray) -> list[float]:
-        return [map_11pt(mixed(low_share, high_share, order[:count]), names) for count in counts]
+        return [map_11pt(mixed(low_batches, high_batches, order[:count]), class_names) for count in counts]
 
-    maps = {name: maps_of(order) for name, order in {**orders(low_share, high_share), **by_policy}.items()}
+    maps = {name: maps_of(order) for name, order in {**orders(low_batches, high_batches), **policy_order}.items()}
     random_orders = generator(experiment.config.seed, "headroom")
     drawn = [maps_of(torch.randperm(images, generator=random_orders).numpy()) for _ in range(RANDOM_ORDERS)]
     maps["at random"] = np.mean(drawn, axis=0).tolist()
-    cheap_figures, dear_figures = (
-        FixedDetector(baselines.names(end.configuration), str(end.source.path), map_11pt(found, names), gbitops)
-        for end, found, gbitops in zip(ends, (low_share, high_share), (low, high), strict=True)
+    return Headroom(
+        split=split,
+        cheap=low.figures(baselines, map_11pt(low_batches, class_names)),
+        expensive=high.figures(baselines, map_11pt(high_batches, class_names)),
+        gbitops=[low.gbitops + count / images * (high.gbitops - low.gbitops) for count in counts],
+        map_11pt=maps,
     )
-    means = [low + count / images * (high - low) for count in counts]
-    return Headroom(split, cheap_figures, dear_figures, means, maps)
 
 
-def _trained(baselines: Baselines, option: str, checkpoint: Path | None, choice: int) -> _Trained:
-    """The detector of a checkpoint, or for None the run's that was trained with `choice` at all positions."""
-    experiment, choices = baselines.experiment, baselines.experiment.config.bits.choices
+def _load_detector(
+    baselines: Baselines, costs: CostTable, option: str, checkpoint: Path | None, choice: int
+) -> _LoadedDetector:
+    """The detector of a checkpoint; None takes the run's detector trained with `choice` at all positions.
+
+    Raises: InputError if the checkpoint does not exist or does not fit; `option` is the option that names another.
+    """
+    experiment = baselines.experiment
+    names = [choice_name(bits) for bits in experiment.config.bits.choices]
     if checkpoint is None:
-        bits = f"uniform:{choice_name(choices[choice])}"
+        bits = f"uniform:{names[choice]}"
         if not best_checkpoint(baselines.command.run, fixed_stage(bits)).exists():
             raise InputError(
                 f"{baselines.command.run}: no detector trained under {bits}; run finetune.py --bits {bits} first, or "
@@ -173,40 +212,39 @@ def _trained(baselines: Baselines, option: str, checkpoint: Path | None, choice:
         source = row_source(baselines, bits)
     else:
         source = Checkpoint.read(checkpoint)
-    detector = experiment.quantized_detector()
-    source.load(experiment, detector, "detector", (FINETUNE_FIXED.kind,))
-    names = [choice_name(choice) for choice in choices]
+    network = experiment.quantized_detector()
+    source.load(experiment, network, "detector", (FINETUNE_FIXED.kind,))
     configuration = [names.index(name) for name in source.state["configuration"]]
-    return _Trained(source, configuration, detector)
+    return _LoadedDetector(source, configuration, network, costs.gbitops(torch.tensor([configuration])).item())
 
 
 def uniform_extremes(costs: CostTable) -> tuple[int, int]:
-    """The choices that cost least and most at all positions together, of equal ones the first.
+    """The cheapest and the most expensive choice for all positions; among choices of equal cost the first.
 
-    Raises: InputError if all cost the same.
+    Raises: InputError if all choices cost the same.
     """
-    of_choices = costs.table.sum(0).tolist()
-    cheap, dear = of_choices.index(min(of_choices)), of_choices.index(max(of_choices))
-    if cheap == dear:
+    totals = costs.table.sum(0).tolist()
+    cheapest, most_expensive = totals.index(min(totals)), totals.index(max(totals))
+    if cheapest == most_expensive:
         raise InputError("bits.choices: expected two or more of different cost")
-    return cheap, dear
+    return cheapest, most_expensive
 
 
 def expected_gbitops(baselines: Baselines, loader: DetectionLoader, costs: CostTable) -> np.ndarray:
-    """GBitOps [N] that the probabilities of the run's policy come to for each image, up to a constant."""
+    """Expected GBitOps [N] of each image under the run's policy, without the part that all configurations share."""
     probabilities = baselines.survey(loader).logits.double().softmax(-1)
     return (probabilities * costs.gbitops_table()).sum((1, 2)).numpy()
 
 
 def format_headroom(found: Headroom) -> str:
-    """The two detectors, then a line for each order."""
+    """The two detectors, then a table with a line for each order."""
     lines = [f"on the {found.split} split"]
-    for name, detector in (("cheap", found.cheap), ("dear", found.dear)):
+    for name, detector in (("cheap", found.cheap), ("expensive", found.expensive)):
         lines.append(
             f"{name}: {' '.join(_shortened(detector.configuration))}, mAP (11 points) {100 * detector.map_11pt:.2f} at "
             f"{detector.gbitops:.4f} GBitOps ({detector.checkpoint})"
         )
-    lines += ["", f"{'images to the dear one':<30}" + "".join(f"{share:>10.0%}" for share in SHARES)]
+    lines += ["", f"{'images to the expensive one':<30}" + "".join(f"{share:>10.0%}" for share in SHARES)]
     lines.append(f"{'GBitOps':<30}" + "".join(f"{gbitops:>10.4f}" for gbitops in found.gbitops))
     for name, maps in found.map_11pt.items():
         lines.append(f"{'mAP, ' + name:<30}" + "".join(f"{100 * value:>10.2f}" for value in maps))
@@ -214,35 +252,35 @@ def format_headroom(found: Headroom) -> str:
 
 
 def _shortened(configuration: Sequence[str]) -> Sequence[str]:
-    """One name where all positions have the same."""
+    """A single name if all positions have the same choice."""
     return configuration if len(set(configuration)) > 1 else configuration[:1]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints what the command line asks for."""
+    """Runs the command line tool."""
     parser = run_parser(
         "headroom",
-        "Measure what choosing bits per image could bring: two detectors, each trained under one fixed bit "
+        "Estimate the gain from choosing bits per image: two detectors, each trained under one fixed bit "
         "configuration, share the images of a split.",
         "--data.workers 0",
         init=None,
     )
-    for name, end in (("cheap", "cheapest"), ("dear", "dearest")):
+    for option, default in (("--cheap", "cheapest"), ("--expensive", "most expensive")):
         parser.add_argument(
-            f"--{name}",
+            option,
             type=Path,
             metavar="CHECKPOINT",
-            help=f"of finetune.py --bits (default: the run's under the {end} uniform choice)",
+            help=f"of finetune.py --bits (default: the run's detector of the {default} uniform choice)",
         )
     add_split(parser)
-    parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     options, overrides = parser.parse_known_args(arguments)
     with exit_on_input_error():
         refuse(overrides, "--bits", "--init")
         command = run_command(options, overrides)
         experiment = Experiment(command.config)
         split = split_to_measure(options, experiment)
-        found = measured_headroom(Baselines(experiment, command), split, options.cheap, options.dear)
+        found = measured_headroom(Baselines(experiment, command), split, options.cheap, options.expensive)
     print(json.dumps(found.plain(), indent=1) if options.json else format_headroom(found))
 
 

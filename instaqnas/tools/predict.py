@@ -1,13 +1,18 @@
-"""Runs a trained run's policy and detector on any images.
+"""Runs the policy and detector of a trained run on image files.
 
     python -m instaqnas.tools.predict --config configs/shapes.yaml --run runs/shapes IMAGE... [--out FOLDER]
     python -m instaqnas.tools.predict --packed packed.pt IMAGE...
 
-The second runs on integers alone, from a file of `instaqnas.tools.pack`.
+The second form uses integer arithmetic only, with a file written by `instaqnas.tools.pack`.
 
-Prints one JSON line per image: `file`; `bits`, the choice of every position, such as w3a4; `gbitops` of the detector
-under these bits and of the policy; `detections`, best first, with `label`, `score` and `box_xyxy` in the image's own
-pixels. An image is taken upright, as its EXIF orientation says.
+Prints one JSON line per image:
+
+    file         path of the image
+    bits         name of the choice at every position, such as w3a4
+    gbitops      of the detector under these bits, and of the policy
+    detections   highest score first: `label`, `score`, and `box_xyxy` in pixels of the image file
+
+Images are rotated as their EXIF orientation says.
 """
 
 from __future__ import annotations
@@ -31,10 +36,16 @@ from instaqnas.tools.arguments import run_command
 def run_predict(
     load: Callable[[], Predictor], images: Sequence[Path], score_threshold: float, out: Path | None
 ) -> None:
-    """Prints one line per image; also writes NAME_detections.png to `out` if it is given.
+    """Prints one JSON line per image.
 
-    Raises: InputError for a predictor that does not load, an image that cannot be read, or one that cannot be
-    written; images before it are done.
+    Args:
+        load: builds the predictor; called after the arguments are checked.
+        images: image files.
+        score_threshold: lowest score of a detection, 0 to 1.
+        out: folder for the images with their detections, NAME_detections.png; None writes none.
+
+    Raises: InputError if the predictor cannot be loaded, or an image cannot be read or written. The images before it
+        have been printed and written by then.
     """
     if not 0 <= score_threshold <= 1:
         raise InputError(f"--score: expected a number from 0 to 1, got {score_threshold}")
@@ -50,13 +61,14 @@ def run_predict(
 
 
 def _picture_paths(images: Sequence[Path], out: Path) -> list[Path]:
-    source_of: dict[Path, Path] = {}
+    """File of each drawn image; raises InputError if two images would be drawn to the same file."""
+    images_by_picture: dict[Path, Path] = {}
     for path in images:
-        picture = out / f"{path.stem}_detections.png"  # never the name of the image itself, `out` may be its folder
-        if picture in source_of:
-            raise InputError(f"{picture}: would be written for {source_of[picture]} and again for {path}")
-        source_of[picture] = path
-    return list(source_of)
+        picture = out / f"{path.stem}_detections.png"  # `out` may be the folder of the image: don't overwrite it
+        if picture in images_by_picture:
+            raise InputError(f"{picture}: would be written for {images_by_picture[picture]} and again for {path}")
+        images_by_picture[picture] = path
+    return list(images_by_picture)
 
 
 def _write_png(path: Path, image: Tensor) -> None:
@@ -69,32 +81,31 @@ def _write_png(path: Path, image: Tensor) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Predicts what the command line asks for."""
+    """Runs the command line tool."""
     parser = argparse.ArgumentParser(
         prog="python -m instaqnas.tools.predict",
-        description="Run a trained run's policy and detector on any images; prints one JSON line per image.",
-        epilog="Settings can be overridden with an equals sign, such as --device=cpu.",
+        description="Run the policy and detector of a trained run on image files; prints one JSON line per image.",
+        epilog="Settings of the config can be overridden with an equals sign, for example --device=cpu.",
         allow_abbrev=False,
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--config", metavar="FILE", help="YAML file of the experiment")
-    model.add_argument("--packed", type=Path, metavar="FILE", help="file of instaqnas.tools.pack, run on integers")
-    parser.add_argument("--run", metavar="FOLDER", help="the run (default: runs/<name of FILE>)")
-    parser.add_argument("--init", metavar="CHECKPOINT", help="take this checkpoint instead of the run's latest")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write the images with their detections here")
-    parser.add_argument("--score", type=float, default=0.3, help="drop detections scored lower (default: 0.3)")
+    model.add_argument("--packed", type=Path, metavar="FILE", help="file of instaqnas.tools.pack, integer only")
+    parser.add_argument("--run", metavar="FOLDER", help="folder of the run (default: runs/<name of FILE>)")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="checkpoint to use instead of the run's latest")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also draw the detections to PNG files here")
+    parser.add_argument("--score", type=float, default=0.3, help="lowest score of a detection (default: 0.3)")
     options, overrides = parser.parse_known_args(arguments)
 
-    named = [(f"--{name}", getattr(options, name)) for name in ("config", "run", "init")]
     with exit_on_input_error():
         for word in overrides:
-            if "=" not in word:  # what follows it has been taken for an image
+            if "=" not in word:  # argparse has taken the value after it for an image
                 raise InputError(f"unknown option {word}; settings are overridden with an equals sign: {word}=VALUE")
-        words = [word for option, value in named if value is not None for word in (option, value)]
         if options.packed is not None:
-            if words or overrides:
-                raise InputError(f"{(words or overrides)[0]}: not together with --packed, which needs no config")
+            given = [f"--{name}" for name in ("run", "init") if getattr(options, name) is not None] + overrides
+            if given:
+                raise InputError(f"{given[0]}: not together with --packed, which needs no config")
             run_predict(lambda: Predictor.of_packed(options.packed), options.images, options.score, options.out)
             return
         command = run_command(options, overrides)

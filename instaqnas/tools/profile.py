@@ -147,7 +147,7 @@ def at_configuration(result: Profile, configuration: str) -> Profile:
     if len(names) not in (1, len(result.positions)):
         raise InputError(f"--configuration: expected 1 or {len(result.positions)} choices, got {len(names)}")
     numbers = [known.index(name) for name in names * (len(result.positions) // len(names))]
-    chosen = {}
+    chosen: dict[str, int] = {}
     for layers, number in zip(result.positions.values(), numbers, strict=True):
         chosen |= dict.fromkeys(layers, number)
     return replace(result, configuration=chosen)

@@ -1,8 +1,8 @@
-"""Proves integer inference on images: `python -m instaqnas.tools.verify --config FILE --run runs/NAME`.
+"""Checks integer inference on images: `python -m instaqnas.tools.verify --config FILE --run runs/NAME`.
 
-Runs the test split through the fake-quantized networks, in float32, and through their integer form, under the policy's
-bit configurations and under random ones, and counts what differs: the integers that enter each layer, the policy's
-choices and the detections.
+Runs the test split through the fake-quantized networks in float32 and through their integer form, under the policy's
+bit configurations and under random ones. Counts differences in the integers that enter each layer, in the policy's
+choices and in the detections; all have to be equal.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from instaqnas import distributed
 from instaqnas.data.loader import DetectionLoader
+from instaqnas.detector.postprocess import Detections
 from instaqnas.detector.ssd import SwitchableSSD
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.evaluation.inference import detect
@@ -33,10 +34,16 @@ from instaqnas.tools.arguments import run_command, run_parser
 
 @dataclass
 class Comparison:
-    """What was compared, and how much of it differs.
+    """Counts of compared values and of differences.
 
-    `levels` are integers that enter layers, `different_levels` counts by layer those that differ; `largest_sum` is the
-    largest integer sum of any layer, exact in float32 up to 2^24.
+    Args:
+        images: number of images, counted once for each configuration they ran under.
+        levels: number of integers that entered layers.
+        different_levels: number of differing integers, by layer; layers without differences are left out.
+        detections: number of detections of the fake-quantized detector.
+        images_with_different_detections: number of images.
+        images_with_different_choices: number of images.
+        largest_sum: largest magnitude of an integer sum in any layer; sums are exact in float32 up to 2^24.
     """
 
     images: int = 0
@@ -56,10 +63,19 @@ class Comparison:
 
 
 class Recorder:
-    """Keeps the integers that enter the layers of `quantized`, and compares those of its integer form with them."""
+    """Compares the integers that enter the layers of a network and of its integer form, by forward hooks.
+
+    Run `quantized` first, then `integer`, on the same images and configurations.
+
+    Args:
+        quantized: fake-quantized network.
+        integer: its integer form.
+        result: gets the counts.
+        prefix: of the layer names in `result`.
+    """
 
     def __init__(self, quantized: nn.Module, integer: nn.Module, result: Comparison, prefix: str = "") -> None:
-        self.seen: dict[str, Tensor] = {}
+        self.observed: dict[str, Tensor] = {}  # levels that entered each layer of `quantized`
         self.result = result
         for name, layer in quantized.named_modules():
             if isinstance(layer, SwitchableConv2d):
@@ -68,18 +84,19 @@ class Recorder:
             if isinstance(layer, IntegerConv2d):
                 layer.register_forward_hook(self._compare(prefix + name))
 
-    def _keep(self, name: str) -> Callable:
+    def _keep(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor]) -> None:
-            self.seen[name] = output[0]  # floats: what is no whole number differs from any integer
+            self.observed[name] = output[0]  # kept as floats: rounding would hide levels that are not integers
 
         return hook
 
-    def _compare(self, name: str) -> Callable:
+    def _compare(self, name: str) -> Callable[..., None]:
         def hook(layer: IntegerConv2d, args: tuple, output: tuple) -> None:
             x, choice = args if len(args) == 2 else (args[0], None)
-            choice = choice if choice is not None else torch.zeros(len(output[0]), dtype=torch.int64)
+            if choice is None:  # a layer with one choice
+                choice = torch.zeros(len(output[0]), dtype=torch.int64)
             levels = layer.levels(x, choice) - layer.offset[choice].view(-1, 1, 1, 1)
-            expected = self.seen.pop(name)
+            expected = self.observed.pop(name)
             different = int((levels != expected).sum())
             self.result.levels += expected.numel()
             if different:
@@ -98,31 +115,55 @@ def compare(
     integer: SwitchableSSD,
     result: Comparison,
 ) -> None:
-    """Adds all images of `loader` to `result`; `choose` gives their bits by float and by integer networks."""
+    """Compares choices and detections of all images, and adds the counts to `result`.
+
+    Args:
+        experiment: has the settings of post-processing.
+        detector: fake-quantized.
+        loader: images to compare on.
+        choose: chooses bits by the fake-quantized policy, and by its integer form.
+        integer: integer form of `detector`.
+        result: gets the counts.
+    """
+    settings = experiment.config.eval
+    choose_bits, choose_bits_integer = choose
     for batch in distributed.progress_bar(loader, "verify"):
-        observations = [network.observe(batch.images) for network in (detector, integer)]
-        choices, same = (
-            ways(observation.input, batch.keys) for ways, observation in zip(choose, observations, strict=True)
-        )
+        observation, integer_observation = detector.observe(batch.images), integer.observe(batch.images)
+        choices = choose_bits(observation.input, batch.keys)
+        integer_choices = choose_bits_integer(integer_observation.input, batch.keys)
         result.images += len(batch.images)
-        result.images_with_different_choices += int((choices != same).any(1).sum())
-        left, right = (
-            detect(network, batch.images, choices, experiment.config.eval, observation.stem)
-            for network, observation in zip((detector, integer), observations, strict=True)
-        )
-        result.detections += int((left.labels > 0).sum())
+        result.images_with_different_choices += int((choices != integer_choices).any(1).sum())
+
+        # Both detectors run under `choices`, so that a different choice is not counted as different detections too.
+        expected = detect(detector, batch.images, choices, settings, observation.stem)
+        found = detect(integer, batch.images, choices, settings, integer_observation.stem)
+        result.detections += int((expected.labels > 0).sum())
         for image in range(len(batch.images)):
-            found = [
-                (side.boxes_xyxy[image][keep], side.scores[image][keep], side.labels[image][keep])
-                for side in (left, right)
-                for keep in (side.labels[image] > 0,)
-            ]
-            equal = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-            result.images_with_different_detections += not equal
+            if not _same_detections(expected, found, image):
+                result.images_with_different_detections += 1
+
+
+def _same_detections(expected: Detections, found: Detections, image: int) -> bool:
+    """Whether one image of a batch has exactly the same boxes, scores and labels in both."""
+    # Rows of label 0 are padding, and their number depends on the other images.
+    expected_rows, found_rows = expected.labels[image] > 0, found.labels[image] > 0
+    return (
+        torch.equal(expected.boxes_xyxy[image][expected_rows], found.boxes_xyxy[image][found_rows])
+        and torch.equal(expected.scores[image][expected_rows], found.scores[image][found_rows])
+        and torch.equal(expected.labels[image][expected_rows], found.labels[image][found_rows])
+    )
 
 
 def verify(experiment: Experiment, checkpoint: Checkpoint, random_configurations: int) -> dict[str, Comparison]:
-    """Comparisons under the policy's configurations and under random ones, each image at that many."""
+    """Compares a detector and its policy with their integer forms on the test split.
+
+    Args:
+        experiment: parts of the config.
+        checkpoint: has the detector and the policy.
+        random_configurations: random bit configurations for each image.
+
+    Returns: comparisons under the policy's configurations, "policy", and under random ones, "random".
+    """
     detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
     checkpoint.load(experiment, detector, "detector", POLICY_KINDS)
     checkpoint.load(experiment, policy, "policy", POLICY_KINDS)
@@ -143,10 +184,12 @@ def verify(experiment: Experiment, checkpoint: Checkpoint, random_configurations
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the figures as JSON; exit status 1 if anything differs."""
+    """Prints the counts as JSON; the exit status is 1 if anything differs."""
     description = "Compare integer inference with the fake-quantized networks on the test split."
     parser = run_parser("verify", description, "--data.workers 0")
-    parser.add_argument("--random", type=int, default=20, metavar="N", help="random configurations an image (20)")
+    parser.add_argument(
+        "--random", type=int, default=20, metavar="N", help="random configurations per image (default: 20)"
+    )
     options, overrides = parser.parse_known_args(arguments)
     with exit_on_input_error():
         if options.random < 0:

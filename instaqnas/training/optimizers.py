@@ -15,15 +15,21 @@ from instaqnas.quant.switchable import SwitchableConv2d
 
 
 def parameter_groups(network: nn.Module, settings: TrainConfig) -> list[dict]:
-    """Convolution weights with weight decay; BatchNorm and biases without; step sizes without, at their own rate."""
+    """Groups of the trainable parameters; groups without parameters are left out.
+
+    1. Convolution weights, with weight decay.
+    2. BatchNorm parameters and biases, without weight decay.
+    3. Step sizes, without weight decay, at the learning rate `lr * step_size_lr_factor`.
+    """
     weights = {m.weight for m in network.modules() if isinstance(m, SwitchableConv2d)}
     steps = {p for m in network.modules() if isinstance(m, Quantizer) for p in m.parameters()}
-    named = [p for p in network.parameters() if p.requires_grad]  # a set has no order to rely on
+    # Each group keeps the order of `parameters()`: optimizer states in checkpoints go by it, and sets have no order.
+    trainable = [p for p in network.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in named if p in weights], "weight_decay": settings.weight_decay},
-        {"params": [p for p in named if p not in weights and p not in steps], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p in weights], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p not in weights and p not in steps], "weight_decay": 0.0},
         {
-            "params": [p for p in named if p in steps],
+            "params": [p for p in trainable if p in steps],
             "weight_decay": 0.0,
             "lr": settings.lr * settings.step_size_lr_factor,
         },
@@ -32,7 +38,7 @@ def parameter_groups(network: nn.Module, settings: TrainConfig) -> list[dict]:
 
 
 def build_optimizer(network: nn.Module, settings: TrainConfig) -> Optimizer:
-    """AdamW, or SGD with Nesterov momentum 0.9."""
+    """AdamW, or SGD with Nesterov momentum 0.9, as `settings.optimizer` says."""
     groups = parameter_groups(network, settings)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
@@ -40,7 +46,7 @@ def build_optimizer(network: nn.Module, settings: TrainConfig) -> Optimizer:
 
 
 def build_scheduler(optimizer: Optimizer, settings: TrainConfig, steps_per_epoch: int) -> LambdaLR:
-    """Linear warm-up to the peak, then a cosine that is 0 after the last step; stepped once a batch."""
+    """Linear warm-up to `lr`, then a cosine that reaches 0 after the last step; step it once per batch."""
     total = settings.epochs * steps_per_epoch
     warmup = min(int(settings.warmup_epochs * steps_per_epoch), total - 1)
 

@@ -1,6 +1,7 @@
-"""The first policy of a search: the more loss an image has at the cheapest bits, the more bits it gets.
+"""Initialises the policy of a search, as `search.start` says.
 
-With `search.start: sensitivity`; the formula is in `instaqnas.policy.start`.
+With `search.start: sensitivity`, an image gets the more bits, the higher its loss is under the cheapest ones; the
+formula is in `instaqnas.policy.start`.
 """
 
 from __future__ import annotations
@@ -24,23 +25,24 @@ from instaqnas.policy.start import start_at_price, start_logits
 from instaqnas.seeds import uniform_numbers
 
 log = logging.getLogger(__name__)
-EPOCHS = 24  # of fitting the effort
+# For fitting the effort.
+EPOCHS = 24
 LR = 8e-3
 
 
 def begin_policy(
     experiment: Experiment, source: Checkpoint, detector: SwitchableSSD, policy: PolicyNet, own_gbitops: float
 ) -> Multiplier:
-    """Gives a calibrated policy the first distribution that `search.start` names.
+    """Initialises the logits of a calibrated policy, as `search.start` says.
 
     Args:
         experiment: parts of the config.
         source: checkpoint of the pretraining.
         detector: with the weights of `source`.
         policy: calibrated.
-        own_gbitops: cost of one decision of the policy.
+        own_gbitops: cost of the policy network per image.
 
-    Returns: the first multiplier of the reward `budget`.
+    Returns: the initial multiplier of the reward `budget`.
     """
     start = experiment.config.search.start
     if start == "sensitivity":
@@ -56,28 +58,30 @@ def begin_policy(
 def begin_by_loss(
     experiment: Experiment, source: Checkpoint, detector: SwitchableSSD, policy: PolicyNet, own_gbitops: float
 ) -> Multiplier:
-    """Gives a policy the logits of `start_at_price` for the detector's sensitivity, at the target's mean cost.
+    """Initialises a policy by `start_at_price`: its mean cost is the target, harder images get more bits.
 
-    The effort of an image is fitted to the rank, scaled to -1 to 1, of its loss under the cheapest configuration. An
-    image's gain from more bits is modelled as linear in that rank, from nothing to twice the mean gain. The measured
-    gain, a difference of two losses, is too noisy to be learned from so few images. Every process fits all images.
+    The effort of an image is fitted to the rank of its loss under the cheapest configuration, scaled to -1 to 1. The
+    gain of an image from more bits is modelled as (1 + effort) times the mean gain. The measured gain is a difference
+    of two losses, and too noisy to be learned from so few images. Every process fits all images.
 
     Args:
         experiment: parts of the config.
         source: checkpoint of the pretraining.
         detector: with the weights of `source`, in eval mode.
         policy: calibrated, with effort.
-        own_gbitops: cost of one decision of the policy.
+        own_gbitops: cost of the policy network per image.
 
-    Returns: the price as a multiplier of the reward `budget`, that is, per share of the target.
+    Returns: the multiplier of the reward `budget`: price x target, as that reward counts cost in units of the target.
     """
-    costs, target = detector_costs(detector), experiment.config.reward.target_gbitops
+    costs = detector_costs(detector)
+    target = experiment.config.reward.target_gbitops
     sensitivity = sensitivity_of(experiment, pretrained_loss(experiment, source))
     with distributed.alone():
         losses = losses_under(experiment, detector, cheapest_and_most_expensive(costs).cheapest)
         _fit_effort(experiment, detector, policy, losses)
         efforts = efforts_of(experiment, detector, policy).cpu()
     fixed = costs.fixed / 1e9 + own_gbitops
+    # The bits of the stem change the input of every other layer, so all images get the same.
     alike = torch.tensor([name == "backbone.stem" for name in costs.positions])
     table = costs.gbitops_table().cpu()
     logits, of_effort, price = start_at_price(torch.tensor(sensitivity.mean), table, fixed, target, efforts, alike)
@@ -92,8 +96,9 @@ def begin_by_loss(
 
 @torch.no_grad()
 def losses_under(experiment: Experiment, detector: SwitchableSSD, configuration: Sequence[int]) -> Tensor:
-    """Loss [N] of each training image of the policy, in their order, under one configuration."""
-    choices, losses = torch.tensor(configuration, device=experiment.device), []
+    """Multibox loss [N] of each training image of the policy, in dataset order, under one configuration."""
+    choices = torch.tensor(configuration, device=experiment.device)
+    losses = []
     for batch in distributed.progress_bar(experiment.policy_images(), "losses"):
         batch = batch.to(experiment.device)
         output = detector(batch.images, choices.expand(len(batch.images), -1))
@@ -103,18 +108,27 @@ def losses_under(experiment: Experiment, detector: SwitchableSSD, configuration:
 
 @torch.no_grad()
 def efforts_of(experiment: Experiment, detector: SwitchableSSD, policy: PolicyNet) -> Tensor:
-    """Effort [N] of each training image of the policy, in their order."""
-    loader = experiment.policy_images()
-    return torch.cat([policy.efforts(detector.observe(batch.images.to(experiment.device)).input) for batch in loader])
+    """Effort [N] of each training image of the policy, in dataset order."""
+    efforts = []
+    for batch in experiment.policy_images():
+        observation = detector.observe(batch.images.to(experiment.device))
+        efforts.append(policy.efforts(observation.input))
+    return torch.cat(efforts)
 
 
 def _fit_effort(experiment: Experiment, detector: SwitchableSSD, policy: PolicyNet, losses: Tensor) -> None:
-    """Fits the effort of each image to the rank of its loss, scaled to -1 to 1.
+    """Fits the effort of each image to the rank of its loss, scaled to -1 to 1, by least squares.
 
-    Images are flipped at random as in the detector's training; their loss is taken to stay the same.
+    Images are flipped at random as for the detector's training. A flip is assumed not to change the loss.
+
+    Args:
+        experiment: parts of the config.
+        detector: in eval mode.
+        policy: is trained, and left in eval mode.
+        losses: of all training images of the policy, [N].
     """
-    places = (average_ranks(losses) - 1) / max(1, len(losses) - 1)  # equal losses get equal ranks
-    wanted = (2 * places - 1).to(losses)
+    ranks = (average_ranks(losses) - 1) / max(1, len(losses) - 1)  # 0 to 1, equal for equal losses
+    target = (2 * ranks - 1).to(losses)
     loader = experiment.policy_loader(experiment.config.search.policy_batch_size, "search start")
     optimizer = torch.optim.Adam(policy.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(loader))
@@ -126,7 +140,7 @@ def _fit_effort(experiment: Experiment, detector: SwitchableSSD, policy: PolicyN
             numbers = uniform_numbers(batch.keys, 2, experiment.config.seed, "effort")
             images = _flipped(batch.images, numbers, vertical=experiment.config.data.vertical_flip)
             effort = policy.efforts(detector.observe(images).input)
-            loss = (effort - wanted[[key.index for key in batch.keys]]).square().mean()
+            loss = (effort - target[[key.index for key in batch.keys]]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -135,14 +149,19 @@ def _fit_effort(experiment: Experiment, detector: SwitchableSSD, policy: PolicyN
 
 
 def _flipped(images: Tensor, numbers: Tensor, *, vertical: bool) -> Tensor:
-    """Images [B, 3, S, S], each flipped left to right, and upside down if `vertical`, with probability 1/2.
+    """Flips each image left to right with probability 1/2 and, if `vertical`, upside down with probability 1/2.
 
     Args:
-        images: of a batch.
-        numbers: uniform random numbers [B, 2] that decide.
+        images: [B, 3, S, S].
+        numbers: uniform random numbers [B, 2], 0 to 1, for the two flips.
         vertical: whether images are also flipped upside down.
     """
-    for axis, column in ((-1, 0), (-2, 1)) if vertical else ((-1, 0),):
-        flip = (numbers[:, column] < 1 / 2).to(images.device)[:, None, None, None]
-        images = torch.where(flip, images.flip(axis), images)
+    images = _flip_where(numbers[:, 0] < 1 / 2, images, axis=-1)
+    if vertical:
+        images = _flip_where(numbers[:, 1] < 1 / 2, images, axis=-2)
     return images
+
+
+def _flip_where(flip: Tensor, images: Tensor, *, axis: int) -> Tensor:
+    """Flips the images with `flip`, bool [B], along one axis."""
+    return torch.where(flip.to(images.device)[:, None, None, None], images.flip(axis), images)

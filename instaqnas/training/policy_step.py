@@ -83,9 +83,9 @@ def policy_step(
             the mean reward of its other samples (n >= 2).
         normalize_advantage: scale the advantages of the batch to a root mean square of 1.
         draws: the random numbers of each of the n samples.
-        step: number in the epoch, for messages.
+        step: number in the stage, for messages.
 
-    Raises: TrainingError at a loss that is not finite, before it reaches the weights.
+    Raises: TrainingError at a loss or gradient that is not finite, before it reaches the weights.
     """
     observation = detector.observe(batch.images)
     logits = network(observation.input)
@@ -116,16 +116,20 @@ def policy_step(
         "policy/entropy": policy_entropy,
         "policy/loss": loss,
     }
-    own = torch.stack([value.detach().double().mean() for value in measured.values()])
-    # The processes have equal shares of the batch.
-    means = (distributed.total(own) / distributed.world_size()).tolist()
-    scalars = dict(zip(measured, means, strict=True))
-    if not math.isfinite(scalars["policy/loss"]):
-        raise TrainingError(
-            f"policy step {step}: the loss is {scalars['policy/loss']}; a lower search.policy_lr may help; images of "
-            f"the batch: {', '.join(batch.image_ids)}"
-        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+
+    own = torch.stack([value.detach().double().mean() for value in measured.values()])
+    # The processes have equal shares of the batch, and gradients of all processes already.
+    means = distributed.total(own) / distributed.world_size()
+    *values, of_norm = torch.cat([means, norm.to(means)[None]]).tolist()
+    scalars = dict(zip(measured, values, strict=True))
+    for name, value in (("loss", scalars["policy/loss"]), ("norm of the gradients", of_norm)):
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"policy step {step}: the {name} is {value}; a lower search.policy_lr may help; images of the batch: "
+                f"{', '.join(batch.image_ids)}"
+            )
     optimizer.step()
     return scalars

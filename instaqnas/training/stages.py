@@ -36,11 +36,8 @@ from instaqnas.experiment.run_dir import open_stage, set_aside
 from instaqnas.experiment.stage import (
     EVAL,
     FINETUNE,
-    FULL_PRECISION_KINDS,
-    POLICY_KINDS,
     PRETRAIN_FP32,
     PRETRAIN_QUANT,
-    QUANTIZED_KINDS,
     SEARCH,
     Stage,
     fixed_config,
@@ -117,7 +114,7 @@ def run_search(command: Command, experiment: Experiment | None = None) -> None:
         multiplier = None
         if not run_dir.has_begun:
             source.check_held_out(experiment)
-            source.load(experiment, detector, "detector", QUANTIZED_KINDS)
+            source.load(experiment, detector, "detector", SEARCH.starts_from)
             _calibrate_policy(experiment, detector, policy)
             multiplier = begin_policy(experiment, source, detector, policy, own_gbitops)
         training = DetectorTraining.begin(
@@ -162,8 +159,8 @@ def run_finetune(command: Command, experiment: Experiment | None = None) -> None
     ) as run_dir:
         detector, policy = experiment.adaptive_detector(), experiment.policy()
         if not run_dir.has_begun:
-            source.load(experiment, detector, "detector", POLICY_KINDS)
-            source.load(experiment, policy, "policy", POLICY_KINDS)
+            source.load(experiment, detector, "detector", FINETUNE.starts_from)
+            source.load(experiment, policy, "policy", FINETUNE.starts_from)
         policy.eval().requires_grad_(False)  # noqa: FBT003
         training = DetectorTraining.begin(
             experiment, run_dir, detector, settings, teacher_of(experiment, teacher, settings.distill_weight)
@@ -178,9 +175,9 @@ def _finetune_fixed(command: Command) -> None:
     stage, config = fixed_stage(command.bits), fixed_config(command.config)
     settings = config.finetune
     experiment = start(replace(command, config=config), [stage])
-    source = initial_checkpoint(command) or pretrained_checkpoint(command)
-    teacher = teacher_checkpoint(command, stage.section, settings)
     baselines = Baselines(experiment, command)
+    source = initial_checkpoint(command) or baselines.pretrained
+    teacher = teacher_checkpoint(command, stage.section, settings)
     configuration = baselines.configuration(command.bits)
     with open_stage(
         experiment,
@@ -194,7 +191,7 @@ def _finetune_fixed(command: Command) -> None:
         detector = experiment.quantized_detector()
         if not run_dir.has_begun:
             source.check_held_out(experiment)
-            source.load(experiment, detector, "detector", QUANTIZED_KINDS)
+            source.load(experiment, detector, "detector", stage.starts_from)
         training = DetectorTraining.begin(
             experiment, run_dir, detector, settings, teacher_of(experiment, teacher, settings.distill_weight)
         )
@@ -264,7 +261,7 @@ def _train(
 def _quantize(experiment: Experiment, source: Checkpoint, detector: SwitchableSSD) -> None:
     """Copies the weights of a full-precision network into `detector`, and calibrates its step sizes."""
     full = experiment.detector(DetectorBits.full_precision())
-    source.load(experiment, full, "detector", FULL_PRECISION_KINDS)
+    source.load(experiment, full, "detector", PRETRAIN_QUANT.starts_from)
     copy_weights(full, detector)
     batch = experiment.calibration_batch()
     choices = experiment.choose_random("calibration")(batch.images, batch.keys)

@@ -91,3 +91,20 @@ def test_gradients_in_bf16_are_close_on_maps_of_any_size(
     by_loop(*theirs, picked or [0] * 4, **settings).square().sum().backward()
     for ours, own in zip((x, weight), theirs, strict=True):
         torch.testing.assert_close(ours.grad.double(), own.grad, rtol=0, atol=0.05 * own.grad.abs().max().item())
+
+
+@pytest.mark.parametrize(("inside", "out", "size"), [(4, 8, 8), (6, 12, 8), (3, 16, 7)])
+def test_gradients_of_a_strided_pointwise_convolution_equal_those_in_float64(inside: int, out: int, size: int) -> None:
+    """Few channels, channels-last, stride 2: oneDNN's own gradient of the weight writes past its workspace there."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, inside, size, size, generator=g).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(2, out, inside, 1, 1, generator=g).requires_grad_()
+    choice = torch.tensor([0, 1, 1, 0])
+    y = choice_conv2d(x, weight, choice, stride=2, padding=0, groups=1)
+    grad = torch.randn(y.shape, generator=g)
+    y.backward(grad)
+    exact_x, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
+    rows = [F.conv2d(image[None], exact_weight[k], stride=2) for image, k in zip(exact_x, choice, strict=True)]
+    torch.cat(rows).backward(grad.double())
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=1e-5, atol=1e-5)

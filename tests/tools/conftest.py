@@ -1,4 +1,4 @@
-"""Tiny runs: untrained networks at home with a few images, finetuned as far as their files tell."""
+"""Tiny runs: untrained networks, calibrated on a few images, with checkpoints of a finished finetuning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MakeRun = Callable[..., Path]
 def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     """Makes a folder with `shapes`, `tiny.yaml` and `runs/tiny`.
 
-    Settings beside the data are those given; `arrange` may change the policy.
+    The function takes the settings of the config except the data; `arrange` may change the policy.
     """
 
     def make(settings: dict, *, test_images: int = 1, arrange: Callable[[PolicyNet], None] | None = None) -> Path:
@@ -40,9 +40,10 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         images = next(iter(experiment.eval_loader("train", config.data.roots))).images
         for module in (*calibrated.modules(), *policy.modules()):
             if isinstance(module, PerChoiceBatchNorm):
-                module.momentum = 1.0  # statistics of these images
-        places = torch.arange(len(images))[:, None] + torch.arange(len(calibrated.positions))
-        calibrate(calibrated, lambda: calibrated(images, places % len(calibrated.choices)))
+                module.momentum = 1.0  # take the statistics of these images
+        numbers = torch.arange(len(images))[:, None] + torch.arange(len(calibrated.positions))
+        choices = numbers % len(calibrated.choices)  # [B, L], all choices at every position
+        calibrate(calibrated, lambda: calibrated(images, choices))
         detector = experiment.adaptive_detector()
         detector.load_state_dict(calibrated.state_dict())
         observed = detector.observe(images).input
@@ -60,7 +61,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
 
 @pytest.fixture
 def error_of(capsys: pytest.CaptureFixture) -> Callable[[Callable[[list[str]], None], list[str]], str]:
-    """Runs the `main` of a tool on words that it refuses; returns the one line of its error."""
+    """Runs the `main` of a tool on words that it refuses, and returns its error line."""
 
     def run(main: Callable[[list[str]], None], words: list[str]) -> str:
         with pytest.raises(SystemExit) as exit_:

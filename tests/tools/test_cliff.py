@@ -1,4 +1,4 @@
-"""Where quality falls: the cliff among given figures, and the figures of a network against single evaluations."""
+"""The cliff of given figures, and the figures of a network compared with single evaluations."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def test_the_cliff_is_where_map_falls_most_per_gbitops() -> None:
     line = cliff_line(Landscape("val", "x.pt", 0.25, rows, []))
     assert line == (
         "cliff: from w2a3 to w2a2 mAP falls by 25.0 points, 50 per GBitOps; "
-        "aim targets at 1.25 to 1.75 GBitOps, policy included"
+        "set targets from 1.25 to 1.75 GBitOps, policy included"
     )
 
 
-def test_of_choices_that_cost_the_same_the_better_counts() -> None:
+def test_the_better_of_two_choices_of_equal_cost_counts() -> None:
     lower, upper = cliff(uniform(("w2a3", 0.3, 2.0), ("w3a2", 0.4, 2.0), ("w2a2", 0.1, 1.0), ("w3a3", 0.5, 3.0)))
     assert (lower.choice, upper.choice) == ("w2a2", "w3a2")
 
 
-def test_where_nothing_falls_there_is_no_cliff() -> None:
+def test_there_is_no_cliff_if_map_never_falls() -> None:
     rows = uniform(("w2a2", 0.5, 1.0), ("w3a3", 0.5, 2.0), ("w4a4", 0.4, 3.0))
     assert cliff(rows) is None
     found = Landscape("val", "x.pt", 0.25, rows, [])
@@ -59,7 +59,7 @@ def test_where_nothing_falls_there_is_no_cliff() -> None:
 
 @pytest.fixture(scope="module")
 def folder(make_run: Callable[..., Path]) -> Path:
-    """Holds `tiny.yaml` and `runs/tiny`, finetuned as far as the files tell."""
+    """Has `tiny.yaml` and `runs/tiny`, a finished run of untrained networks."""
     return make_run(SETTINGS, test_images=3)
 
 
@@ -69,12 +69,12 @@ def words(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_figures_are_those_of_single_evaluations(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_figures_equal_single_evaluations(folder: Path, capsys: pytest.CaptureFixture) -> None:
     main(words(folder, "--split", "test", "--json"))
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert [line for line in captured.err.splitlines() if line.startswith("note")] == [
-        "note: choices and targets that the test split has picked are not to be judged on it"
+        "note: do not use the test split both to pick choices or targets and to evaluate them"
     ]
     experiment = Experiment(from_plain(yaml.safe_load((folder / "tiny.yaml").read_text())))
     detector = experiment.quantized_detector().eval()
@@ -89,7 +89,7 @@ def test_figures_are_those_of_single_evaluations(folder: Path, capsys: pytest.Ca
 
     @torch.no_grad()
     def loss(configuration: list[int | None]) -> float:
-        """Mean over images; None is a random choice."""
+        """Mean over the images; None stands for a random choice."""
         outputs = []
         for one in images:
             drawn = random_bits(one.images, one.keys)[0].tolist()
@@ -112,9 +112,9 @@ def test_figures_are_those_of_single_evaluations(folder: Path, capsys: pytest.Ca
     ]
     for position in (0, 12):
         step = found["steps"][2 * position + 1]
-        dearest, changed = ([None] * position + [choice] + [None] * (12 - position) for choice in (2, 1))
-        assert step["loss_rise"] == pytest.approx(loss(changed) - loss(dearest), abs=1e-5)
-        filled = [[choice or 0 for choice in configuration] for configuration in (dearest, changed)]
+        most_expensive, changed = ([None] * position + [choice] + [None] * (12 - position) for choice in (2, 1))
+        assert step["loss_rise"] == pytest.approx(loss(changed) - loss(most_expensive), abs=1e-5)
+        filled = [[choice or 0 for choice in configuration] for configuration in (most_expensive, changed)]
         cost = [costs.gbitops(torch.tensor([configuration])).item() for configuration in filled]
         assert step["gbitops_saved"] == pytest.approx(cost[0] - cost[1], abs=1e-12)
         assert step["rise_per_gbitops"] == pytest.approx(step["loss_rise"] / step["gbitops_saved"])
@@ -126,7 +126,7 @@ def test_tables_have_a_line_for_every_choice_and_position_and_end_with_the_cliff
 ) -> None:
     main(words(folder))
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[0].startswith("note: training has seen the train split")
+    assert captured.err.splitlines()[0].startswith("note: the network was trained on the train split")
     lines = [line for line in captured.out.splitlines() if line]
     assert lines[0].endswith("finetune/last.pt on the train split")
     assert [line.split()[0] for line in lines[2:5]] == ["w2a2", "w3a3", "w4a4"]  # by cost
@@ -151,7 +151,7 @@ def test_wrong_input_is_one_line_and_status_2(
     assert message in error_of(main, words(folder, *more))
 
 
-def test_without_a_pretrained_network_it_says_what_to_run(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_missing_pretrained_network_names_the_script_to_run(folder: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny")])
     assert "pretrain_quant: no checkpoint; run pretrain.py first" in capsys.readouterr().err

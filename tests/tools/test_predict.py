@@ -1,4 +1,4 @@
-"""Prediction on arbitrary images, with an untrained detector and a policy whose choices are known."""
+"""Prediction on image files, with an untrained detector and a policy of known choices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from instaqnas.tools import pack
 from instaqnas.tools.predict import main
 from instaqnas.training.stages import Experiment
 
-CHOSEN = [1, 1, 0, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0]  # the policy's choice at each position, whatever the image
+CHOSEN = [1, 1, 0, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0]  # the policy's choice at each position, for every image
 CLASSES = {"disc", "ring", "triangle", "brick", "hexagon", "star", "cross", "crescent"}
 BITS = {"choices": [[2, 2], [4, 3]], "stem": [8, 8], "depthwise": [8, 8], "extras": [4, 4], "heads": [8, 8]}
 
@@ -34,7 +34,7 @@ Predict = Callable[..., list[dict]]
 
 @pytest.fixture(scope="module")
 def folder(make_run: Callable[..., Path]) -> Path:
-    """Holds `tiny.yaml` and `runs/tiny`, finetuned as far as the files tell."""
+    """Has `tiny.yaml` and `runs/tiny`, a finished run of untrained networks."""
 
     @torch.no_grad()
     def choose(policy: PolicyNet) -> None:
@@ -58,7 +58,7 @@ def packed(folder: Path) -> Path:
 def predict(folder: Path, capsys: pytest.CaptureFixture) -> Predict:
     def run(*words: str | Path) -> list[dict]:
         named = ["--config", str(folder / "tiny.yaml"), "--run", str(folder / "runs" / "tiny")]
-        main([*named, *map(str, words)])
+        main([*named, *(str(word) for word in words)])
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return run
@@ -85,7 +85,7 @@ def refusal(predict: Predict, *words: str | Path) -> None:
     assert exit_.value.code == 2
 
 
-def test_bits_are_the_policys_and_cost_what_the_layers_cost(predict: Predict, folder: Path, tmp_path: Path) -> None:
+def test_bits_are_the_policys_and_gbitops_the_sum_over_layers(predict: Predict, folder: Path, tmp_path: Path) -> None:
     [found] = predict(write_grey(tmp_path / "a.png", 64, 64))
     assert found["bits"] == [["w2a2", "w4a3"][choice] for choice in CHOSEN]
     config = from_plain(yaml.safe_load((folder / "tiny.yaml").read_text()))
@@ -137,7 +137,7 @@ def test_no_detection_reaches_score_1(predict: Predict, tmp_path: Path) -> None:
 
 
 def test_boxes_are_in_the_pixels_of_each_image(predict: Predict, tmp_path: Path) -> None:
-    # A plain grey image is the same to the detector at any size, so the boxes cover the same share of it.
+    # Resizing a plain grey image does not change it, so boxes cover the same share of it at any size.
     sizes = [(64, 64), (640, 64), (50, 333), (1, 1)]
     paths = [write_grey(tmp_path / f"{width}x{height}.png", width, height) for width, height in sizes]
     square, *others = predict(*paths, "--score", "0.1")
@@ -242,14 +242,24 @@ def test_searched_run_is_taken_where_finetuning_has_not_begun(folder: Path, tmp_
 # --- Packed files -----------------------------------------------------------------------------------------------------
 
 
-def test_a_packed_file_alone_predicts_what_the_run_predicts(
+def test_a_packed_file_alone_predicts_the_same_as_the_run(
     predict: Predict, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [write_photo(tmp_path / "a.jpg", 6), write_grey(tmp_path / "b.png", 640, 64)]
     expected = predict(*images, "--score", "0.1", "--out", tmp_path / "run")
     assert all(len(found["detections"]) > 1 for found in expected)
-    monkeypatch.setattr(predictor, "Experiment", None)  # reads config, data and checkpoints
-    main(["--packed", str(packed), *map(str, images), "--score", "0.1", "--out", str(tmp_path / "packed")])
+    monkeypatch.setattr(predictor, "Experiment", None)  # `Experiment` would read config, data and checkpoints
+    main(
+        [
+            "--packed",
+            str(packed),
+            *(str(image) for image in images),
+            "--score",
+            "0.1",
+            "--out",
+            str(tmp_path / "packed"),
+        ]
+    )
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
     for name in ("a_detections.png", "b_detections.png"):
         assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
@@ -272,7 +282,7 @@ def test_a_packed_file_keeps_the_settings_of_its_config(
 
 def packed_refusal(capsys: pytest.CaptureFixture, *words: str | Path) -> str:
     with pytest.raises(SystemExit) as exit_:
-        main(list(map(str, words)))
+        main([str(word) for word in words])
     assert exit_.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""

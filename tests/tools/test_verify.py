@@ -1,4 +1,4 @@
-"""The proof of integer inference: it finds nothing where nothing differs, and what was made to differ."""
+"""The check of integer inference reports no difference for equal networks, and every change made to one of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def folder(make_run: Callable[..., Path]) -> Path:
-    """Holds `tiny.yaml` and `runs/tiny`, finetuned as far as the files tell."""
+    """Has `tiny.yaml` and `runs/tiny`, a finished run of untrained networks."""
     return make_run(SETTINGS, test_images=IMAGES)
 
 
@@ -49,8 +49,8 @@ def run_verify(folder: Path, capsys: pytest.CaptureFixture) -> Callable[..., dic
     return run
 
 
-class Watch:
-    """Integers that enter all layers of a fake-quantized network, and its largest sum."""
+class LayerCounter:
+    """Counts the integers that enter the layers of a fake-quantized network, and keeps the largest sum."""
 
     def __init__(self, network: nn.Module) -> None:
         self.levels, self.largest = 0, 0.0
@@ -72,7 +72,7 @@ def test_nothing_differs_and_everything_was_compared(folder: Path, run_verify: C
     detector, policy = experiment.quantized_detector().eval(), experiment.policy().eval()
     detector.load_state_dict(networks["detector"])
     policy.load_state_dict(networks["policy"])
-    watches = [Watch(detector), Watch(policy)]
+    counters = [LayerCounter(detector), LayerCounter(policy)]
     for batch in experiment.test_loader():
         detector(batch.images, policy(batch.images).argmax(-1))
     nothing = {"different_levels": {}, "images_with_different_detections": 0, "images_with_different_choices": 0}
@@ -80,16 +80,16 @@ def test_nothing_differs_and_everything_was_compared(folder: Path, run_verify: C
     assert nothing.items() <= found["random"].items()
     assert found["policy"]["images"] == IMAGES
     assert found["random"]["images"] == 2 * IMAGES
-    assert found["policy"]["levels"] == watches[0].levels + watches[1].levels
-    assert found["random"]["levels"] == 2 * watches[0].levels
-    assert found["policy"]["largest_sum"] == max(watch.largest for watch in watches)
+    assert found["policy"]["levels"] == counters[0].levels + counters[1].levels
+    assert found["random"]["levels"] == 2 * counters[0].levels
+    assert found["policy"]["largest_sum"] == max(counter.largest for counter in counters)
     assert 0 < found["random"]["largest_sum"] < found["exact_up_to"] == 2**24
     assert found["policy"]["detections"] > 0
     assert found["random"]["detections"] > 0
 
 
 @torch.no_grad()
-def test_nothing_differs_where_the_policy_looks_at_the_stem(
+def test_nothing_differs_with_a_policy_on_the_stem(
     make_run: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:
     settings = {**SETTINGS, "policy": {"input": "stem", "pool": 8, "width": 4}}
@@ -104,16 +104,16 @@ def test_nothing_differs_where_the_policy_looks_at_the_stem(
     detector, policy = experiment.adaptive_detector().eval(), experiment.policy().eval()
     detector.load_state_dict(networks["detector"])
     policy.load_state_dict(networks["policy"])
-    watches = [Watch(detector), Watch(policy)]
+    counters = [LayerCounter(detector), LayerCounter(policy)]
     for batch in experiment.test_loader():
         choices = policy(detector.observe(batch.images).input).argmax(-1)
         detector(batch.images, choices, detector.observe(batch.images).stem)
-    looked_twice = IMAGES * 3 * 64 * 64  # above; what is compared is computed once
-    assert found["policy"]["levels"] == watches[0].levels + watches[1].levels - looked_twice
+    counted_twice = IMAGES * 3 * 64 * 64  # the stem ran twice above, once in the tool
+    assert found["policy"]["levels"] == counters[0].levels + counters[1].levels - counted_twice
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, kind: str, name: str, change: Callable[[IntegerConv2d], None]) -> None:
-    """Has one layer of the integer form changed."""
+    """Applies `change` to one layer of the integer form of the detector or the policy."""
 
     def spoilt(network: nn.Module, prefix: str) -> nn.Module:
         network = to_integer(network, prefix)
@@ -186,7 +186,7 @@ def test_a_wrong_integer_is_counted_in_its_layer(
 
 
 def test_half_a_level_too_much_is_counted(run_verify: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is cut off as an integer would be the right one."""
+    """Cut off to an integer, the wrong level would equal the right one."""
 
     def half_higher(_module: nn.Module, _args: tuple, output: tuple) -> tuple:
         return output[0] + 0.5 * output[0].sign(), output[1]
@@ -204,7 +204,7 @@ def test_half_a_level_too_much_is_counted(run_verify: Callable[..., dict], monke
     assert set(found["policy"]["different_levels"]) == {"box_heads.0"}
 
 
-def test_passes_are_compiled_as_the_setting_says_and_no_random_configuration_is_noted(
+def test_passes_are_compiled_as_the_setting_says_and_a_note_tells_of_no_random_configurations(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     modes: list[str] = []

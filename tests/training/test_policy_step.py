@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from instaqnas.bits import Baseline
 from instaqnas.data.loader import Batch
 from instaqnas.detector.ssd import Observation
+from instaqnas.errors import TrainingError
 from instaqnas.policy.bit_config import Draw
 from instaqnas.policy.budget import Multiplier, budget_offset, greedy_gbitops
 from instaqnas.policy.network import PolicyNet
@@ -245,7 +246,7 @@ def costs_and_losses() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("target", "baseline", "samples"),
     [
-        (1.5, "greedy", 1),
+        pytest.param(1.5, "greedy", 1, marks=pytest.mark.slow),
         pytest.param(1.75, "rloo", 2, marks=pytest.mark.slow),
         pytest.param(2.0, "rloo", 2, marks=pytest.mark.slow),
     ],
@@ -253,9 +254,16 @@ def costs_and_losses() -> tuple[Tensor, Tensor]:
 def test_a_search_without_a_detector_ends_within_two_percent_of_its_budget(
     target: float, baseline: Baseline, samples: int
 ) -> None:
+    """Dual ascent in the mean of five searches, because of the last swing of each; the last shift in every one."""
+    ratios = [ratio_of_search(seed, target, baseline, samples) for seed in range(5)]
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.02)
+
+
+def ratio_of_search(seed: int, target: float, baseline: Baseline, samples: int) -> float:
+    """Searches, checks the cost after the last shift; returns mean cost / target of the last quarter of the steps."""
     images, hard = patterns(COUNT, seed=0)
     costs, lost = costs_and_losses()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     policy = PolicyNet(POSITIONS, CHOICES, pool=2, width=4, bits=(8, 8))
     calibrate(policy, lambda: policy(images[:64]))
     optimizer = torch.optim.Adam(policy.parameters(), lr=4e-3)
@@ -289,7 +297,22 @@ def test_a_search_without_a_detector_ends_within_two_percent_of_its_budget(
         before = policy(images)
         policy.add_to_logits(budget_offset(before, costs, FIXED, target))
         after, fresh = policy(images), policy(patterns(512, seed=1)[0])
-    last = steps[-len(steps) // 4 :]
-    assert sum(last) / len(last) == pytest.approx(1, abs=0.02)  # dual ascent, on the policy in training
     assert greedy_gbitops(after, costs, FIXED) == pytest.approx(target, rel=0.002)
     assert greedy_gbitops(fresh, costs, FIXED) == pytest.approx(target, rel=0.02)
+    last = steps[-len(steps) // 4 :]
+    return sum(last) / len(last)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights() -> None:
+    class Root(Table):
+        """Finite logits with an infinite gradient."""
+
+        def forward(self, seen: Tensor) -> Tensor:
+            return super().forward(seen) + (self.logits - self.logits.detach()).sqrt()
+
+    network = Root(UNIFORM.clone())
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    message = r"^policy step 0: the norm of the gradients is (nan|inf); a lower search\.policy_lr .*batch: 0, 1, 2, 3$"
+    with pytest.raises(TrainingError, match=message):
+        train(network, [batch_of(IMAGES, range(4))], Watch().judge(), optimizer)
+    assert network.logits.isfinite().all()

@@ -29,6 +29,7 @@ from instaqnas.detector.ssd import SSDOutput, SwitchableSSD
 from instaqnas.errors import InputError, TrainingError
 from instaqnas.evaluation.measure import evaluate
 from instaqnas.experiment.handover import Checkpoint, best_checkpoint
+from instaqnas.experiment.run_dir import RunDir
 from instaqnas.experiment.stage import PRETRAIN_QUANT, SEARCH
 from instaqnas.quant.batch_norm import PerChoiceBatchNorm
 
@@ -208,16 +209,16 @@ def test_a_search_that_leaves_the_detector_alone_continues_within_an_epoch(
     whole, run = (copy_stages(finished_run, tmp_path / name, "pretrain_quant") for name in ("whole", "run"))
     options = ("--search.train_detector=false", "--search.save_minutes=1e-9")
     stages.run_search(make_command("search", whole, *options))
-    saves, save = [], stages.RunDir.save
+    saves, save = [], RunDir.save
 
-    def interrupted(self: stages.RunDir, *args: object, **settings: object) -> None:
+    def interrupted(self: RunDir, *args: object, **settings: object) -> None:
         save(self, *args, **settings)
         saves.append(1)
         if len(saves) == 4:  # two steps an epoch, each saved, and the epoch
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.RunDir, "save", interrupted)
+        patch.setattr(RunDir, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             stages.run_search(make_command("search", run, *options))
     state = load_checkpoint(run / "search" / "last.pt")
@@ -257,9 +258,9 @@ def test_interrupted_search_continues_to_the_weights_of_an_uninterrupted_one(
             raise KeyboardInterrupt
         return train(*args, **kwargs)
 
-    train = stages.train_detector_epoch
+    train = detector_training.DetectorTraining.train_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "train_detector_epoch", interrupted)
+        patch.setattr(detector_training.DetectorTraining, "train_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             stages.run_search(make_command("search", run, *options))
     assert load_checkpoint(run / "search" / "last.pt")["epoch"] == 1
