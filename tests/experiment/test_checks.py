@@ -143,8 +143,8 @@ def test_a_later_stage_that_cannot_share_its_batches_is_refused_before_pretraini
 @pytest.mark.parametrize(
     "options",
     [
-        ("--search.batch_size=1",),
-        ("--search.batch_size=2", "--search.accumulate=2"),
+        ("--finetune.batch_size=1",),
+        ("--finetune.batch_size=2", "--finetune.accumulate=2"),
         ("--data.train_split=single",),
     ],
     ids=["batch", "accumulate", "image"],
@@ -157,4 +157,13 @@ def test_batch_norm_of_a_single_value_is_refused_before_training(
     message = r"batch_size: detector\.extras_batch_norm needs two images or more in each part of a batch, got 1 "
     with pytest.raises(InputError, match=message):
         check_batches(experiment(make_command, tmp_path, *options), [PRETRAIN_FP32])
-    check_batches(experiment(make_command, tmp_path, "--detector.extras_batch_norm=false", *options), [PRETRAIN_FP32])
+    without = experiment(make_command, tmp_path, "--detector.extras_batch_norm=false", *options)
+    check_batches(without, [FINETUNE])
+
+
+def test_a_policy_batch_of_one_image_is_refused_before_training(make_command, tmp_path: Path) -> None:
+    """The policy's last maps may have one pixel: BatchNorm would make the same logits of every image."""
+    parts = experiment(make_command, tmp_path, "--search.policy_batch_size=1")
+    with pytest.raises(InputError, match=r"^search\.policy_batch_size: BatchNorm of the policy needs two images"):
+        check_batches(parts, [PRETRAIN_FP32])
+    check_batches(parts, [FINETUNE])
