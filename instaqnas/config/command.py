@@ -91,7 +91,9 @@ def parse_command(stage: str, argv: list[str] | None = None) -> Command:
     )
 
 
-class _StageParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are an `InputError`, shown without the usage."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
@@ -101,7 +103,7 @@ def _stage_parser(stage: str, settings: SettingParser) -> argparse.ArgumentParse
 
     It is apart from `settings` because jsonargparse cannot have both `--bits` and `--bits.choices`.
     """
-    parser = _StageParser(
+    parser = OneLineParser(
         prog=f"{stage}.py",
         usage=f"python {stage}.py --config FILE [options] [--SECTION.SETTING VALUE ...]",
         description=_STAGES[stage],

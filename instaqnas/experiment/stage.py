@@ -87,7 +87,7 @@ def _stage(kind: str, script: str, networks: tuple[str, ...], **settings: Any) -
     return Stage(**{"kind": kind, "name": kind, "section": kind, "script": script, "networks": networks, **settings})
 
 
-_QUANTIZED = ("pretrain_quant", "search", "finetune", "finetune_fixed")
+QUANTIZED_KINDS = ("pretrain_quant", "search", "finetune", "finetune_fixed")
 
 PRETRAIN_FP32 = _stage("pretrain_fp32", "pretrain.py", ("detector",))
 PRETRAIN_QUANT = _stage("pretrain_quant", "pretrain.py", ("detector", "bits"), starts_from=("pretrain_fp32",))
@@ -95,7 +95,7 @@ SEARCH = _stage(
     "search",
     "search.py",
     ("detector", "bits", "policy"),
-    starts_from=_QUANTIZED,
+    starts_from=QUANTIZED_KINDS,
     further=("search",),
     rewarded=True,
 )
@@ -111,7 +111,7 @@ FINETUNE_FIXED = _stage(
     "finetune.py",
     ("detector", "bits"),
     section="finetune",
-    starts_from=_QUANTIZED,
+    starts_from=QUANTIZED_KINDS,
     further=("finetune",),
 )
 EVAL = _stage("eval", "eval.py", ("detector", "bits", "policy"))
@@ -119,7 +119,6 @@ EVAL = _stage("eval", "eval.py", ("detector", "bits", "policy"))
 TRAINING_STAGES = (PRETRAIN_FP32, PRETRAIN_QUANT, SEARCH, FINETUNE)  # in the order of a run
 RUN_STAGES = (*TRAINING_STAGES, EVAL)
 FULL_PRECISION_KINDS = (PRETRAIN_FP32.kind,)
-QUANTIZED_KINDS = _QUANTIZED
 POLICY_KINDS = (SEARCH.kind, FINETUNE.kind)
 _TABLE = {stage.kind: stage for stage in (*RUN_STAGES, FINETUNE_FIXED)}
 

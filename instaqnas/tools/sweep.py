@@ -12,7 +12,6 @@ from the finished runs.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import signal
@@ -22,9 +21,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
-from instaqnas.config.command import known_bits, parse_command
+from instaqnas.config.command import OneLineParser, known_bits, parse_command
 from instaqnas.config.reading import to_plain
 from instaqnas.config.settings import Config
 from instaqnas.data.voc import read_class_names
@@ -244,7 +243,7 @@ def parse_sweep(arguments: Sequence[str] | None) -> tuple[Sweep, bool]:
 
     Raises: InputError for a value that is no number or occurs twice, a bad setting, and an option that the sweep sets.
     """
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m instaqnas.tools.sweep",
         description="Run or resume searches at several total costs and seeds, with fixed baselines finetuned as long, "
         "and write table and plot of mAP against GBitOps.",
@@ -277,11 +276,6 @@ def parse_sweep(arguments: Sequence[str] | None) -> tuple[Sweep, bool]:
         for target in targets:
             sweep.settings(seed, target)
     return sweep, options.report_only
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 def _numbers(option: str, text: str, parse: Callable[[str], Number], form: str) -> list[Number]:
