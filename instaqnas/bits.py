@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Literal
 
 BitChoice = tuple[int, int]  # (weight bits, activation bits)
@@ -27,7 +29,25 @@ ImageCache = Literal["none", "ram"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
+def choice_names(choices: Sequence[BitChoice], levels: Sequence[Sequence[BitChoice]] | None) -> list[str]:
+    """Names of the K choices: `w3a4` and so on, or `level0` and so on where every level has bits for each layer."""
+    if levels is not None:
+        return [f"level{level}" for level in range(len(levels))]
+    return [choice_name(choice) for choice in choices]
+
+
 def choice_name(choice: BitChoice) -> str:
     """`w3a4` for 3-bit weights and 4-bit activations."""
     weight_bits, activation_bits = choice
     return f"w{weight_bits}a{activation_bits}"
+
+
+def parse_choice(name: str) -> BitChoice:
+    """The inverse of `choice_name`.
+
+    Raises: ValueError for another name.
+    """
+    found = re.fullmatch(r"w(\d+)a(\d+)", name)
+    if found is None:
+        raise ValueError(f"expected a name such as w3a4, got {name}")
+    return int(found[1]), int(found[2])

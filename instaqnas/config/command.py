@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from instaqnas.bits import BitChoice, choice_name
 from instaqnas.config.reading import SettingParser, did_you_mean, read_yaml
 from instaqnas.config.settings import Config
 from instaqnas.errors import InputError
@@ -32,9 +31,9 @@ _BITS = {  # ways to choose bits in a stage, in addition to `uniform:w3a4` and s
 }
 
 
-def known_bits(stage: str, choices: Sequence[BitChoice]) -> list[str]:
+def known_bits(stage: str, names: Sequence[str]) -> list[str]:
     """Returns the values of `--bits` in finetune or eval; each of the choices adds one, such as `uniform:w3a4`."""
-    return [*_BITS[stage], *(f"uniform:{choice_name(choice)}" for choice in choices)]
+    return [*_BITS[stage], *(f"uniform:{name}" for name in names)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def parse_command(stage: str, argv: list[str] | None = None) -> Command:
     if options.init is not None and not options.init.is_file():
         raise InputError(f"--init {options.init}: no such file")
     if stage in _BITS:
-        known = known_bits(stage, config.bits.choices)
+        known = known_bits(stage, config.bits.names)
         if options.bits not in known:
             raise InputError(f"--bits: expected one of {', '.join(known)}, got {options.bits}")
     return Command(

@@ -103,6 +103,17 @@ def _are_choices(choices: list[BitChoice]) -> bool:
     return 1 <= len(choices) <= 8 and different and all(_are_bits_behind_relu(pair) for pair in choices)
 
 
+def _are_levels(levels: list[list[BitChoice]] | None) -> bool:
+    if levels is None:
+        return True
+    same_layers = len({len(level) for level in levels}) == 1
+    return 1 <= len(levels) <= 8 and same_layers and all(_is_level(level) for level in levels)
+
+
+def _is_level(level: list[BitChoice]) -> bool:
+    return len(level) > 0 and _are_bits(level[0]) and all(_are_bits_behind_relu(pair) for pair in level[1:])
+
+
 def _are_box_sizes(sizes: list[BoxSizes] | None) -> bool:
     return sizes is None or (len(sizes) == 6 and all(0 < smaller < larger for smaller, larger in sizes))
 
@@ -110,4 +121,9 @@ def _are_box_sizes(sizes: list[BoxSizes] | None) -> bool:
 BITS = Range(_are_bits, "bit-widths from 2 to 8, or 32")
 BITS_BEHIND_RELU = Range(_are_bits_behind_relu, "bit-widths from 2 to 8, or 32, or 1 for activations")
 CHOICES = Range(_are_choices, "one to eight different pairs of bit-widths from 2 to 8, or 32, or 1 for activations")
+LEVELS = Range(
+    _are_levels,
+    "one to eight lists, equally long, of a pair of bit-widths for each layer: 2 to 8, or 32, or 1 for activations of "
+    "all layers but the first",
+)
 BOX_SIZES = Range(_are_box_sizes, "six pairs [smaller, larger] above 0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
@@ -14,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from instaqnas.bits import BitChoice
+from instaqnas.bits import BitChoice, parse_choice
 from instaqnas.config.ranges import BoxSizes, as_json
 from instaqnas.config.settings import Config
 from instaqnas.errors import InputError
@@ -149,6 +150,7 @@ _TYPE_TEXTS = {
     list[BoxSizes] | None: "a list of [smaller, larger]",
     BitChoice: "[weight bits, activation bits]",
     list[BitChoice]: "a list of [weight bits, activation bits]",
+    list[list[BitChoice]] | None: "a list of [weight bits, activation bits] for each level, or a JSON file",
 }
 
 
@@ -165,6 +167,24 @@ class _Setting:
         if get_origin(self.type) is Literal:
             return f"one of {', '.join(get_args(self.type))}"
         return _TYPE_TEXTS[self.type]
+
+
+def read_levels(path: Path) -> list[list[BitChoice]]:
+    """Returns `bits.levels` from a JSON file of instaqnas.tools.levels.
+
+    Raises:
+        InputError: a file that cannot be read, or that holds no levels.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return [[parse_choice(name) for name in level["bits"]] for level in content["levels"]]
+    except OSError as error:
+        raise InputError(f"bits.levels: {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"bits.levels: {path}: not a file of instaqnas.tools.levels ({error})") from None
+
+
+_FROM_FILE = {"bits.levels": read_levels}  # settings that may also name a file, by the function that reads it
 
 
 def _settings(section: type = Config, prefix: str = "") -> dict[str, _Setting]:
@@ -216,7 +236,8 @@ class SettingParser(jsonargparse.ArgumentParser):
             section = key.rpartition(".")[0] or "general"
             if section not in groups:
                 groups[section] = self.add_argument_group(section, titles[section])
-            groups[section].add_argument(f"--{key}", type=setting.type, default=setting.default, help=setting.text)
+            accepted = setting.type | str if key in _FROM_FILE else setting.type
+            groups[section].add_argument(f"--{key}", type=accepted, default=setting.default, help=setting.text)
 
     def read(self, plain: dict[str, Any]) -> jsonargparse.Namespace:
         """Returns the settings of nested dictionaries, in their types; settings left out have their defaults.
@@ -230,8 +251,12 @@ class SettingParser(jsonargparse.ArgumentParser):
         """Returns the config.
 
         Raises:
-            InputError: a setting without a value, or a value outside its range; the message names the dotted key.
+            InputError: a setting without a value, a value outside its range, or a file that cannot be read; the message
+                names the dotted key or the file.
         """
+        for key, read in _FROM_FILE.items():
+            if isinstance(values[key], str):
+                values[key] = read(Path(values[key]))
         for key, setting in self.settings.items():
             # jsonargparse takes None for any type.
             if values[key] is None and type(None) not in get_args(setting.type):

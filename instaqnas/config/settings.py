@@ -25,6 +25,7 @@ from instaqnas.bits import (
     RewardQuality,
     SearchStart,
     WeightSharing,
+    choice_names,
 )
 from instaqnas.config.ranges import (
     BITS,
@@ -33,6 +34,7 @@ from instaqnas.config.ranges import (
     CHOICES,
     FRACTION,
     FRACTION_BELOW_1,
+    LEVELS,
     BoxSizes,
     Range,
     at_least,
@@ -111,6 +113,9 @@ class BitsConfig:
         choices: 1 to 8 different pairs, from which the policy chooses at each position.
         positions: layers that the policy controls, one choice each; `pointwise`: the 13 pointwise convolutions, as in
             the paper. `network`: one choice per image, a level, for all layers together.
+        levels: for `network`, 1 to 8 levels, each a list of the bits of all layers, or the JSON file of
+            instaqnas.tools.levels that holds them. null: each of the choices is a level, with the same bits in all
+            layers.
         stem: bits of the first convolution, unless the policy controls it.
         depthwise: bits of the depthwise convolutions, unless the policy controls them.
         extras: bits of the extra feature layers, unless the policy controls them.
@@ -126,6 +131,7 @@ class BitsConfig:
         metadata={"range": CHOICES},
     )
     positions: Positions = "pointwise"
+    levels: list[list[BitChoice]] | None = setting(None, LEVELS)
     stem: BitChoice = setting((8, 8), BITS)
     depthwise: BitChoice = setting((8, 8), BITS_BEHIND_RELU)
     extras: BitChoice = setting((4, 4), BITS_BEHIND_RELU)
@@ -133,6 +139,11 @@ class BitsConfig:
     quantizer: QuantizerName = "lsq_plus"
     weights: WeightSharing = "shared"
     per_channel: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the K choices, see `instaqnas.bits.choice_names`."""
+        return choice_names(self.choices, self.levels)
 
 
 @dataclass(frozen=True)
@@ -430,6 +441,8 @@ def _check_policy(config: Config) -> None:
 
 
 def _check_bits(bits: BitsConfig) -> None:
+    if bits.levels is not None and bits.positions != "network":
+        raise unexpected("bits.positions", "network for bits.levels", bits.positions)
     if bits.positions != "pointwise" and any(activation_bits == 1 for _, activation_bits in bits.choices):
         expected = (
             f"at least 2 bits for activations with bits.positions = {bits.positions}: the image is not behind a ReLU"

@@ -68,12 +68,12 @@ class Architecture:
         """A policy with untrained weights."""
         return PolicyNet(
             positions,
-            len(self.bits.choices),
+            len(self.bits.names),
             pool=self.policy_pool,
             width=self.policy_width,
             bits=self.policy_bits,
             stem_channels=stem_channels(self.width) if self.policy_input == "stem" else None,
-            effort=effort_of(self.bits.choices) if self.policy_effort else None,
+            effort=effort_of(self.bits.bit_products) if self.policy_effort else None,
         )
 
     @staticmethod
@@ -83,6 +83,8 @@ class Architecture:
         for group in ("stem", "depthwise", "extras", "heads"):
             bits[group] = tuple(bits[group])
         bits["choices"] = [tuple(choice) for choice in bits["choices"]]
+        if bits.get("levels") is not None:  # files that predate levels have none
+            bits["levels"] = [[tuple(choice) for choice in level] for level in bits["levels"]]
         return Architecture(**{**plain, "bits": DetectorBits(**bits), "policy_bits": tuple(plain["policy_bits"])})
 
 
@@ -253,7 +255,7 @@ def load_packed(path: Path) -> IntegerModel:
         if policy.effort is not None:
             where = "effort"
             # Files that predate the table have the one that `PolicyNet` starts from.
-            effort = state.get("effort", torch.tensor(effort_of(architecture.bits.choices)).expand(policy.effort.shape))
+            effort = state.get("effort", torch.tensor(effort_of(architecture.bits.bit_products)).expand(policy.effort.shape))
             _check_like(effort, policy.effort)
         where = "eval"
         settings = from_plain({"data": {"roots": [str(path)]}, "eval": state["eval"]}).eval  # roots have no default

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from instaqnas.bits import choice_name
 from instaqnas.config.command import Command
 from instaqnas.config.settings import EvalConfig
 from instaqnas.data.transforms import eval_transform
@@ -125,7 +124,7 @@ class Predictor:
         height, width = image.shape[1:]
         scale = torch.tensor([width, height, width, height]) / self.detector.image_size
         return Prediction(
-            [choice_name(self.detector.choices[choice]) for choice in choices[0].tolist()],
+            [self.detector.choice_names[choice] for choice in choices[0].tolist()],
             self.costs.gbitops(choices).item(),
             self.policy_gbitops,
             found.boxes_xyxy[0].cpu() * scale,

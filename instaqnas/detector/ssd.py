@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from instaqnas.bits import FULL_PRECISION, Amp, BitChoice, Positions, QuantizerName, WeightSharing
+from instaqnas.bits import FULL_PRECISION, Amp, BitChoice, Positions, QuantizerName, WeightSharing, choice_names
 from instaqnas.detector.default_boxes import BOXES_PER_CELL, default_boxes, encode, match
 from instaqnas.detector.mobilenet import BLOCKS, ChoiceOf, MakeConv, MobileNet, scaled_channels
 from instaqnas.detector.multibox_loss import image_losses, multibox_loss
@@ -38,6 +38,8 @@ LAYERS_IN = {
     "heads": 2 * (len(SOURCE_BLOCKS) + len(EXTRAS)),
 }
 
+LAYERS = sum(LAYERS_IN.values())
+
 
 def position_count(positions: Positions) -> int:
     """L, the number of choices that the policy makes for an image."""
@@ -49,9 +51,11 @@ class DetectorBits:
     """Bit choices and quantizer of every layer.
 
     Args:
-        choices: the K choices of the layers at `positions`.
+        choices: the K choices of the layers at `positions`, unless there are `levels`.
         stem, depthwise, extras, heads: the single choice of these layers where they are not among `positions`.
         positions: the layers that have `choices`, and whether they share one choice per image (`network`).
+        levels: for positions `network`, the bits of every layer at each of K levels, [K][layers]; pairs may repeat.
+            None: every choice is a level, with the same bits in all layers.
         quantizer, weights, per_channel: see `SwitchableConv2d`.
     """
 
@@ -64,14 +68,35 @@ class DetectorBits:
     quantizer: QuantizerName = "lsq_plus"
     weights: WeightSharing = "shared"
     per_channel: bool = False
+    levels: Sequence[Sequence[BitChoice]] | None = None
 
-    def choices_of(self, group: str) -> Sequence[BitChoice]:
-        """Bit choices of the layers of a group: stem, depthwise, pointwise, extras or heads."""
+    def choices_of(self, group: str, layer: int) -> Sequence[BitChoice]:
+        """Bit choices of one layer.
+
+        Args:
+            group: stem, depthwise, pointwise, extras or heads.
+            layer: its number in the network, from 0.
+        """
+        if self.levels is not None:
+            return [level[layer] for level in self.levels]
         return self.choices if group in GROUPS_OF[self.positions] else [getattr(self, group)]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the K choices, see `choice_names`."""
+        return choice_names(self.choices, self.levels)
+
+    @property
+    def bit_products(self) -> list[float]:
+        """Weight bits x activation bits of each of the K choices; of a level, the mean over its layers."""
+        levels = [[choice] for choice in self.choices] if self.levels is None else self.levels
+        return [sum(weight * activation for weight, activation in level) / len(level) for level in levels]
 
     @property
     def quantize_nothing(self) -> bool:
         """Whether the network is an ordinary full-precision one."""
+        if self.levels is not None:
+            return all(bits == FULL_PRECISION for level in self.levels for choice in level for bits in choice)
         groups = (*self.choices, self.stem, self.depthwise, self.extras, self.heads)
         return all(bits == FULL_PRECISION for choice in groups for bits in choice)
 
@@ -173,10 +198,11 @@ class SwitchableSSD(nn.Module):
         amp: Amp = "off",
     ) -> None:
         super().__init__()
-        self.classes, self.image_size, self.choices, self.amp = classes, image_size, tuple(bits.choices), amp
+        self.classes, self.image_size, self.amp = classes, image_size, amp
+        self.choice_names = tuple(bits.names)
         self.min_negatives = min_negatives
         self.stem_is_frozen = False
-        layers_of: dict[str, list[SwitchableConv2d]] = {}
+        layers_of: dict[str, list[SwitchableConv2d]] = {group: [] for group in LAYERS_IN}
 
         def make(
             group: str,
@@ -193,7 +219,7 @@ class SwitchableSSD(nn.Module):
                 in_channels,
                 out_channels,
                 kernel_size,
-                bits.choices_of(group),
+                bits.choices_of(group, sum(map(len, layers_of.values()))),
                 stride=stride,
                 groups=groups,
                 batch_norm=batch_norm,
@@ -202,7 +228,7 @@ class SwitchableSSD(nn.Module):
                 weights=bits.weights,
                 per_channel=bits.per_channel,
             )
-            layers_of.setdefault(group, []).append(layer)
+            layers_of[group].append(layer)
             return layer
 
         self.backbone = MobileNet(width, make)

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from instaqnas.bits import choice_name
 from instaqnas.config.command import Command
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import detector_costs, position_count
@@ -73,12 +72,12 @@ class Baselines:
             return self._static()
         if bits == "modal":
             return self.statistics.modal
-        names = [choice_name(choice) for choice in self.experiment.config.bits.choices]
+        names = self.experiment.config.bits.names
         return [names.index(bits.removeprefix("uniform:"))] * position_count(self.experiment.config.bits.positions)
 
     def names(self, configuration: Sequence[int]) -> list[str]:
         """Name of the choice at every position, such as w3a4."""
-        return [choice_name(self.experiment.config.bits.choices[choice]) for choice in configuration]
+        return [self.experiment.config.bits.names[choice] for choice in configuration]
 
     @cached_property
     def policy_source(self) -> Checkpoint:
@@ -106,7 +105,7 @@ class Baselines:
         choices = self.survey(self.experiment.tuning_loader()).logits.argmax(-1)
         return PolicyStatistics(
             choices,
-            choice_frequencies(choices, len(detector.choices)),
+            choice_frequencies(choices, len(detector.choice_names)),
             modal_configuration(choices).tolist(),
             detector_costs(detector).gbitops(choices).mean().item() + policy_gbitops(self.policy, detector.image_size),
         )
@@ -135,7 +134,7 @@ class Baselines:
         if record is None:
             record = self._search_static(found_for)
             write_record(path, record)
-        names = self.names(range(len(self.experiment.config.bits.choices)))
+        names = self.experiment.config.bits.names
         return [names.index(name) for name in record["configuration"]]
 
     def _search_static(self, found_for: dict[str, str]) -> dict[str, Any]:

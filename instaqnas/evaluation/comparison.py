@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 
-from instaqnas.bits import choice_name
 from instaqnas.config.command import Command
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import DetectorBits, detector_costs
@@ -44,7 +43,7 @@ SEARCH_METRICS = ("reward/", "quality/", "policy/multiplier")  # of the search, 
 
 def row_names(command: Command) -> list[str]:
     """The ways to choose bits of `--bits basic` or `all` that the run has networks for; notes name the others."""
-    names = [*(f"uniform:{choice_name(choice)}" for choice in command.config.bits.choices), "random"]
+    names = [*(f"uniform:{name}" for name in command.config.bits.names), "random"]
     if best_checkpoint(command.run, PRETRAIN_FP32).exists():
         names.insert(0, "fp32")
     else:
@@ -90,7 +89,7 @@ def measured_row(baselines: Baselines, name: str, source: Checkpoint, loader: De
         detector = experiment.detector(DetectorBits.full_precision())
         source.load(experiment, detector, "detector", FULL_PRECISION_KINDS)
         report = evaluate(experiment, detector, loader, experiment.choose_fixed(detector))
-        return ReportRow(name, source.path, detector.choices, report, source.further_epochs)
+        return ReportRow(name, source.path, detector.choice_names, report, source.further_epochs)
     if name == "policy":
         return _policy_row(baselines, source, loader)
     detector = experiment.quantized_detector()
@@ -104,7 +103,7 @@ def measured_row(baselines: Baselines, name: str, source: Checkpoint, loader: De
     else:
         choose = fixed(baselines.configuration(name))
     report = evaluate(experiment, detector, loader, choose)
-    return ReportRow(name, source.path, detector.choices, report, source.further_epochs)
+    return ReportRow(name, source.path, detector.choice_names, report, source.further_epochs)
 
 
 def _policy_row(baselines: Baselines, source: Checkpoint, loader: DetectionLoader) -> ReportRow:
@@ -122,7 +121,7 @@ def _policy_row(baselines: Baselines, source: Checkpoint, loader: DetectionLoade
     )
     diagnosis.log_collapse("the test split")
     found = _search_metrics(baselines.command)
-    return ReportRow("policy", source.path, detector.choices, report, source.further_epochs, diagnosis, found)
+    return ReportRow("policy", source.path, detector.choice_names, report, source.further_epochs, diagnosis, found)
 
 
 def _search_metrics(command: Command) -> dict[str, float]:

@@ -12,7 +12,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from instaqnas.bits import BitChoice, choice_name
 from instaqnas.evaluation.measure import EvalReport
 from instaqnas.evaluation.survey import Diagnosis
 from instaqnas.experiment.run_dir import versions
@@ -50,7 +49,7 @@ class ReportRow:
     Args:
         bits: its name, as in `--bits`.
         checkpoint: file of the detector.
-        choices: the K bit choices of the detector.
+        choices: names of the K choices of the detector.
         report: figures on the test split.
         finetuned: epochs that the detector was trained for after pretraining.
         diagnosis: of a policy, else None.
@@ -59,7 +58,7 @@ class ReportRow:
 
     bits: str
     checkpoint: Path
-    choices: tuple[BitChoice, ...]
+    choices: tuple[str, ...]
     report: EvalReport
     finetuned: int = 0
     diagnosis: Diagnosis | None = None
@@ -72,7 +71,7 @@ class ReportRow:
         plain = {"bits": self.bits, **figures, "ap_11pt": self.report.ap_11pt, **detector}
         if self.diagnosis is None:
             return plain
-        modal = [choice_name(self.choices[choice]) for choice in self.diagnosis.modal]
+        modal = [self.choices[choice] for choice in self.diagnosis.modal]
         found = {**self.diagnosis.plain(), "modal_configuration": modal, "search": self.search}
         return {**plain, "diagnostics": found}
 
@@ -105,11 +104,10 @@ def _write_per_image(path: Path, rows: Sequence[ReportRow]) -> None:
     header = ["bits", "image_id", "objects", "smallest_side", "difficulty", "detections", "quality", "gbitops"]
     writer.writerow([*header, *(f"position_{position:02d}" for position in range(positions))])
     for row in rows:
-        names = [choice_name(choice) for choice in row.choices]
         for image in row.report.per_image:
             hard = [image.objects, _known(image.smallest_side, 2), _known(image.difficulty, 4)]
             figures = [*hard, image.detections, f"{image.quality:.4f}", f"{image.gbitops:.6f}"]
-            chosen = [names[choice] for choice in image.choices]
+            chosen = [row.choices[choice] for choice in image.choices]
             # The full-precision network has fewer positions if the policy controls more than the pointwise layers.
             writer.writerow([row.bits, image.image_id, *figures, *chosen, *[""] * (positions - len(chosen))])
     write_text(path, text.getvalue())

@@ -18,7 +18,7 @@ from instaqnas.data.loader import Batch, DetectionDataset, DetectionLoader, coll
 from instaqnas.data.transforms import SampleTransform, eval_transform, flip_transform, train_transform
 from instaqnas.data.voc import Annotation, read_class_names, read_split
 from instaqnas.detector.mobilenet import stem_channels
-from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, position_count
+from instaqnas.detector.ssd import LAYERS, DetectorBits, SwitchableSSD, position_count
 from instaqnas.errors import InputError
 from instaqnas.policy.bit_config import ChooseBits, Draw, fixed, sandwich, uniformly_random
 from instaqnas.policy.network import PolicyNet, effort_of
@@ -86,12 +86,12 @@ class Experiment:
         torch.manual_seed(derived_seed(self.config.seed, "policy"))
         policy = PolicyNet(
             position_count(self.config.bits.positions),
-            len(self.config.bits.choices),
+            len(self.config.bits.names),
             pool=settings.pool,
             width=settings.width,
             bits=settings.bits,
             stem_channels=stem_channels(self.config.detector.width) if settings.input == "stem" else None,
-            effort=effort_of(self.config.bits.choices) if settings.effort else None,
+            effort=effort_of(detector_bits(self.config).bit_products) if settings.effort else None,
         )
         return policy.to(self.device)
 
@@ -161,11 +161,11 @@ class Experiment:
 
     def choose_random(self, *purpose: int | str) -> ChooseBits:
         """Uniformly random configurations; each purpose has its own."""
-        return uniformly_random(len(self.config.bits.choices), self.draw(*purpose))
+        return uniformly_random(len(self.config.bits.names), self.draw(*purpose))
 
     def choose_sandwich(self, *purpose: int | str) -> ChooseBits:
         """The cheapest, the most expensive and random configurations by turns; each purpose has its own."""
-        return sandwich(self.config.bits.choices, self.draw(*purpose))
+        return sandwich(detector_bits(self.config).bit_products, self.draw(*purpose))
 
     def choose_fixed(self, detector: SwitchableSSD, choice: int = 0) -> ChooseBits:
         """One choice at every position of `detector`, for every image."""
@@ -247,7 +247,12 @@ class Experiment:
 
 
 def detector_bits(config: Config) -> DetectorBits:
-    """The section `bits` as the argument of `SwitchableSSD`."""
+    """The section `bits` as the argument of `SwitchableSSD`.
+
+    Raises: InputError if its levels are of a detector with more or fewer layers.
+    """
+    if config.bits.levels is not None and len(config.bits.levels[0]) != LAYERS:
+        raise InputError(f"bits.levels: expected {LAYERS} layers, got {len(config.bits.levels[0])}")
     return DetectorBits(**{item.name: getattr(config.bits, item.name) for item in fields(config.bits)})
 
 

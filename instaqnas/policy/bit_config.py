@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from instaqnas.bits import BitChoice
 from instaqnas.seeds import SampleKey
 
 ChooseBits = Callable[[Tensor, Sequence[SampleKey]], Tensor]
@@ -44,16 +43,16 @@ def handed_out(configurations: Tensor, draw: Draw) -> ChooseBits:
     return choose
 
 
-def sandwich(choices: Sequence[BitChoice], draw: Draw) -> ChooseBits:
+def sandwich(bit_products: Sequence[float], draw: Draw) -> ChooseBits:
     """The sandwich rule (Yu and Huang, ICCV 2019) within each batch, whose images come in random order.
 
     Of three consecutive images, the first runs at the cheapest choice at every position, the second at the most
-    expensive one, the third at a uniformly random configuration. Cost is weight bits x activation bits.
+    expensive one, the third at a uniformly random configuration. `bit_products` are weight bits x activation bits of
+    the K choices.
     """
-    costs = [weight_bits * activation_bits for weight_bits, activation_bits in choices]
-    cheapest, most_expensive = costs.index(min(costs)), costs.index(max(costs))
+    cheapest, most_expensive = bit_products.index(min(bit_products)), bit_products.index(max(bit_products))
     choice_of_role = torch.tensor([cheapest, most_expensive, 0])  # the third role takes random choices instead
-    random = uniformly_random(len(choices), draw)
+    random = uniformly_random(len(bit_products), draw)
 
     def choose(images: Tensor, keys: Sequence[SampleKey]) -> Tensor:
         role = torch.tensor([key.place % 3 for key in keys])[:, None]

@@ -130,13 +130,13 @@ class PolicyNet(nn.Module):
         return F.relu(self.stem(F.avg_pool2d(features, self.pool, ceil_mode=True)).value())
 
 
-def effort_of(choices: Sequence[BitChoice]) -> list[float]:
+def effort_of(bit_products: Sequence[float]) -> list[float]:
     """Change of the logits of K choices per unit of effort: log2(weight bits x activation bits), standardised.
 
     Mean 0 and standard deviation 1 over the choices; all 0 if they cost the same. Raising the bits of all positions of
     an image then takes one output of the policy instead of L x K.
     """
-    logs = [math.log2(weight_bits * activation_bits) for weight_bits, activation_bits in choices]
+    logs = [math.log2(product) for product in bit_products]
     mean = sum(logs) / len(logs)
     deviation = math.sqrt(sum((value - mean) ** 2 for value in logs) / len(logs))
     return [(value - mean) / deviation if deviation else 0.0 for value in logs]

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from instaqnas.bits import choice_name
 from instaqnas.detector.ssd import detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.evaluation.measure import evaluate
@@ -145,7 +144,7 @@ def measure_landscape(experiment: Experiment, checkpoint: Checkpoint, split: str
     detector = experiment.quantized_detector().eval()
     checkpoint.load(experiment, detector, "detector", QUANTIZED_KINDS)
     costs = detector_costs(detector)
-    names = [choice_name(choice) for choice in detector.choices]
+    names = list(detector.choice_names)
     loader = experiment.loader_of(split)
     random_bits = experiment.choose_random("sensitivity")
     mean_loss = mean_loss_on(detector, loader, random_bits, experiment.device)
@@ -208,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     with exit_on_input_error():
         refuse(overrides, "--bits")
         command = run_command(options, overrides)
-        if len(command.config.bits.choices) < 2:
+        if len(command.config.bits.names) < 2:
             raise InputError("bits.choices: expected two or more to compare, got one")
         experiment = Experiment(command.config)
         split = split_to_measure(options, experiment)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from instaqnas.bits import choice_name
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
@@ -201,7 +200,7 @@ def _load_detector(
     Raises: InputError if the checkpoint does not exist or does not fit; `option` is the option that names another.
     """
     experiment = baselines.experiment
-    names = [choice_name(bits) for bits in experiment.config.bits.choices]
+    names = experiment.config.bits.names
     if checkpoint is None:
         bits = f"uniform:{names[choice]}"
         if not best_checkpoint(baselines.command.run, fixed_stage(bits)).exists():

@@ -124,8 +124,8 @@ def profile(config: Config, class_names: tuple[str, ...]) -> Profile:
     layers = [replace(layer, choices=same.choices) for layer, same in zip(full, quantized, strict=True)]
     costs = CostTable(layers, detector.layers_at)
     uniform = {
-        choice_name(choice): costs.gbitops(torch.full((1, len(detector.positions)), k)).item()
-        for k, choice in enumerate(detector.choices)
+        name: costs.gbitops(torch.full((1, len(detector.positions)), k)).item()
+        for k, name in enumerate(detector.choice_names)
     }
     nested = config.bits.weights == "nested"
     return Profile(layers, detector.layers_at, nested, uniform, policy_layers(experiment.policy(), detector.image_size))

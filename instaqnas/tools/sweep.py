@@ -151,7 +151,7 @@ class FinishedSteps:
 def shared_steps(sweep: Sweep, seed: int) -> list[SweepStep]:
     """Pretraining and the uniform baselines of a seed."""
     folder, words = sweep.folder(seed), sweep.words(seed)
-    uniform = [bits for bits in known_bits("finetune", sweep.settings(seed).bits.choices) if bits.startswith("uniform")]
+    uniform = [bits for bits in known_bits("finetune", sweep.settings(seed).bits.names) if bits.startswith("uniform")]
     return [
         SweepStep("pretrain", "pretrain", folder, words, "pretrain_quant/last.pt"),
         *(_finetune(folder, words, bits) for bits in uniform),

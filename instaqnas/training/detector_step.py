@@ -126,7 +126,7 @@ def detector_step(
     losses, choices = _backward(network, batch, choose_bits, accumulate, teacher)
     norms = [_clipped_norm(group, clip_grad_norm) for group in (parameters.others, parameters.quantizers)]
 
-    counts = F.one_hot(choices, len(distributed.own(network).choices)).sum(0)
+    counts = F.one_hot(choices, len(distributed.own(network).choice_names)).sum(0)
     own = torch.stack([sum_of(losses), *losses.values()]).double()
     totals = distributed.total(torch.cat([own, own.new_tensor([len(batch.image_ids)]), counts.flatten()]))
     # The one transfer from the device in a step. Gradients are those of all processes already.

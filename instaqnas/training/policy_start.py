@@ -50,7 +50,7 @@ def begin_policy(
     if start == "static":
         limit = experiment.config.reward.target_gbitops - own_gbitops
         best = fixed_within(experiment, pretrained_loss(experiment, source), limit)[0]
-        policy.add_to_logits(start_logits(best.configuration, len(detector.choices)))
+        policy.add_to_logits(start_logits(best.configuration, len(detector.choice_names)))
         log.info("search: starts from a fixed configuration of %.4g GBitOps, policy not counted", best.gbitops)
     return Multiplier()
 

@@ -60,7 +60,7 @@ def random_images(count: int, seed: int = 0) -> Tensor:
 
 def random_choices(detector: SwitchableSSD, count: int, seed: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.randint(len(detector.choices), (count, len(detector.positions)), generator=g)
+    return torch.randint(len(detector.choice_names), (count, len(detector.positions)), generator=g)
 
 
 def settle(network: nn.Module, forward: Callable[[], object]) -> None:
@@ -176,7 +176,7 @@ def test_networks_come_back_exactly(name: str, tmp_path: Path) -> None:
     assert model.class_names == CLASSES
     assert model.settings == SETTINGS
     assert model.detector.positions == detector.positions
-    assert model.detector.choices == detector.choices
+    assert model.detector.choice_names == detector.choice_names
     assert torch.equal(model.detector.default_boxes_cxcywh, detector.default_boxes_cxcywh)
     assert not [m for network in (model.detector, model.policy) for m in network.modules() if m.training]
 
@@ -187,7 +187,7 @@ def test_a_policy_on_the_stem_comes_back_and_sees_the_stem_of_its_detector(tmp_p
     detector.freeze_stem()
     images, choices = random_images(3, seed=7), random_choices(detector, 3, seed=7)
     torch.manual_seed(0)
-    effort = effort_of(detector.choices)
+    effort = effort_of([4, 12, 64])
     policy = PolicyNet(len(detector.positions), 3, pool=4, width=4, bits=(6, 8), stem_channels=8, effort=effort)
     settle(policy, lambda: policy(detector.observe(images).input))
     plain = replace(architecture(BITS["lsq_plus"]), policy_input="stem", policy_effort=True)

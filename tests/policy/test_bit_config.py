@@ -185,10 +185,9 @@ def test_configurations_that_are_handed_out_are_whole_and_equally_likely() -> No
 
 @pytest.mark.parametrize("way", ["random", "sandwich", "sampled"])
 def test_the_configuration_of_an_image_does_not_depend_on_the_batch_it_is_in(way: str) -> None:
-    choices = [(2, 2), (3, 3), (4, 4)]
     choose = {
         "random": uniformly_random(3, draw(13)),
-        "sandwich": sandwich(choices, draw(13)),
+        "sandwich": sandwich([4, 9, 16], draw(13)),
         "sampled": sampled_by(Table(torch.zeros(13, 3)), 0.5, draw(13)),
     }[way]
     whole = choose(images(9), keys(9))
@@ -208,8 +207,7 @@ def test_configurations_differ_between_images_epochs_and_purposes() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 32])
 def test_sandwich_gives_in_turn_the_cheapest_the_most_expensive_and_random_choices(count: int) -> None:
-    choices = [(4, 4), (2, 7), (8, 3), (3, 4)]  # 16, 14, 24, 12
-    drawn = sandwich(choices, draw(13))(images(count), keys(count)).tolist()
+    drawn = sandwich([16, 14, 24, 12], draw(13))(images(count), keys(count)).tolist()
     assert len(drawn) == count
     assert all(row == [3] * 13 for row in drawn[::3])
     assert all(row == [2] * 13 for row in drawn[1::3])
@@ -217,7 +215,7 @@ def test_sandwich_gives_in_turn_the_cheapest_the_most_expensive_and_random_choic
 
 
 def test_the_last_third_of_a_sandwich_has_every_choice_everywhere_alike() -> None:
-    drawn = sandwich([(2, 2), (3, 3), (4, 4), (5, 5)], draw(3))(images(24_000), keys(24_000))[2::3]
+    drawn = sandwich([4, 9, 16, 25], draw(3))(images(24_000), keys(24_000))[2::3]
     frequencies = nn.functional.one_hot(drawn, 4).double().mean(0)
     torch.testing.assert_close(frequencies, torch.full((3, 4), 0.25).double(), rtol=0, atol=0.02)
 

@@ -101,9 +101,9 @@ def test_more_pooling_costs_less_and_needs_no_other_parameters() -> None:
 def test_a_unit_of_effort_raises_the_logits_of_expensive_choices() -> None:
     # log2 of 4, 16 and 64 is 2, 4 and 6: mean 4, standard deviation sqrt(8 / 3)
     step = 2 / (8 / 3) ** 0.5
-    assert effort_of([(2, 2), (8, 8), (4, 4)]) == pytest.approx([-step, step, 0], abs=1e-12)
-    assert effort_of([(2, 8), (4, 4)]) == [0, 0]
-    assert effort_of([(3, 4)]) == [0]
+    assert effort_of([4, 64, 16]) == pytest.approx([-step, step, 0], abs=1e-12)
+    assert effort_of([16, 16]) == [0, 0]
+    assert effort_of([12]) == [0]
 
 
 @torch.no_grad()

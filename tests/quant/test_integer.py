@@ -318,7 +318,7 @@ def settle(network: nn.Module, forward: Callable[[], object]) -> None:
 
 def random_choices(detector: SwitchableSSD, count: int, seed: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.randint(len(detector.choices), (count, len(detector.positions)), generator=g)
+    return torch.randint(len(detector.choice_names), (count, len(detector.positions)), generator=g)
 
 
 def settled_detector(**settings: str | bool) -> SwitchableSSD:
