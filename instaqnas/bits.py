@@ -16,12 +16,14 @@ Positions = Literal["pointwise", "backbone", "backbone+extras", "all", "network"
 Amp = Literal["off", "bf16"]  # arithmetic of the convolutions
 CompileMode = Literal["auto", "on", "off"]
 
+Samples = int | Literal["all"]  # configurations of an image that are judged in a policy step
 QualityKind = Literal["precision", "recall", "f1", "ap"]  # of the detections of one image
 RewardQuality = Literal[QualityKind, "loss"]  # the quality that a reward starts from
 Baseline = Literal["greedy", "rloo"]  # the reward that a sample is compared with
 RewardName = Literal["quality", "ratio", "window_gate", "window_scaled", "window_signed", "budget"]
 PolicyInput = Literal["image", "stem"]  # `stem`: the features of the detector's first convolution
-SearchStart = Literal["uniform", "static", "sensitivity"]  # the first distribution of the policy
+SearchStart = Literal["uniform", "static", "sensitivity", "pretrained"]  # the first distribution of the policy
+Configurations = Literal["random", "sandwich", "policy"]  # the bits that a pretraining runs images at
 
 OptimizerName = Literal["adamw", "sgd"]
 Augmentation = Literal["ssd", "flips"]

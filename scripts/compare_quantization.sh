@@ -24,7 +24,7 @@ compare() {
   [[ -e $init ]] || init=$full/last.pt
   local words=(--config "$config" --run "$out/$name" --data.cache none --bits.depthwise "[8, 8]" --bits.heads "[8, 8]"
     --reward.name quality --search.start uniform
-    --pretrain_quant.distill_weight 0 --pretrain_quant.batch_norm_batches 0 --pretrain_quant.sandwich false
+    --pretrain_quant.distill_weight 0 --pretrain_quant.batch_norm_batches 0 --pretrain_quant.configurations random
     "$@" ${overrides[@]+"${overrides[@]}"})
   if [[ $name == shared ]]; then
     .venv/bin/python pretrain.py "${words[@]}"
@@ -48,7 +48,7 @@ for quantizer in lsq pact dorefa; do
 done
 compare separate "$mixed" "${choices[@]}" --bits.weights separate
 compare nested "$mixed" "${choices[@]}" --bits.weights nested
-compare sandwich "$mixed" "${choices[@]}" --pretrain_quant.sandwich true
+compare sandwich "$mixed" "${choices[@]}" --pretrain_quant.configurations sandwich
 compare distill "$mixed" "${choices[@]}" --pretrain_quant.distill_weight 1
 compare ema "$mixed" "${choices[@]}" --pretrain_quant.ema_decay 0.99
 compare batch_norm "$mixed" "${choices[@]}" --pretrain_quant.batch_norm_batches 100

@@ -51,7 +51,7 @@ bits: {{choices: [[2, 2], [3, 3], [4, 4]]}}
 policy: {{pool: 4, width: 4}}
 reward: {{name: budget, score_threshold: 0.05, target_gbitops: 0.115}}
 pretrain_fp32: {{epochs: {pretrain_epochs}, batch_size: 4, eval_every: 1, ema_decay: 0.9, save_minutes: 1.0e-6}}
-pretrain_quant: {{epochs: {pretrain_epochs}, batch_size: 4, distill_weight: 0.5, sandwich: true, save_minutes: 1.0e-6}}
+pretrain_quant: {{epochs: {pretrain_epochs}, batch_size: 4, configurations: sandwich, save_minutes: 1.0e-6}}
 search: {{epochs: 3, batch_size: 4, policy_batch_size: 4, policy_lr: 0.01, ema_decay: 0.9, save_minutes: 1.0e-6}}
 finetune: {{epochs: 3, batch_size: 4, optimizer: sgd, batch_norm_batches: 2, save_minutes: 1.0e-6}}
 eval: {{batch_size: 4}}

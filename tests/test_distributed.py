@@ -44,7 +44,7 @@ bits: {{choices: [[2, 2], [3, 3], [4, 4]]}}
 policy: {{pool: 4, width: 4}}
 reward: {{name: budget, target_gbitops: 0.115, score_threshold: 0.05}}
 pretrain_fp32: {{epochs: 1, batch_size: 4, optimizer: sgd, lr: 0.0003, ema_decay: 0.5}}
-pretrain_quant: {{{sgd}, sandwich: true}}
+pretrain_quant: {{{sgd}, configurations: sandwich}}
 search: {{{sgd}, policy_batch_size: 4, batch_norm_batches: 3}}
 finetune: {{{sgd}, accumulate: 2, distill_weight: 0.5}}
 eval: {{batch_size: 4}}

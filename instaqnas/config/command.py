@@ -46,6 +46,8 @@ class Command:
         init: checkpoint to start from; None takes the checkpoint of the previous stage.
         restart: start the stage over instead of continuing it; its earlier folder is kept as FOLDER.old-1.
         bits: how bits are chosen, one of `known_bits`; an option of finetune.py and eval.py only.
+        budget: mean GBitOps, policy included, that the policy is shifted to; None leaves it as trained. An option of
+            eval.py only.
     """
 
     config: Config
@@ -53,6 +55,7 @@ class Command:
     init: Path | None = None
     restart: bool = False
     bits: str = "policy"
+    budget: float | None = None
 
 
 def parse_command(stage: str, argv: list[str] | None = None) -> Command:
@@ -87,6 +90,7 @@ def parse_command(stage: str, argv: list[str] | None = None) -> Command:
         init=options.init,
         restart=getattr(options, "restart", False),  # eval has no such option
         bits=getattr(options, "bits", "policy"),  # nor do pretrain and search have this one
+        budget=getattr(options, "budget", None),
     )
 
 
@@ -120,7 +124,14 @@ def _stage_parser(stage: str, settings: SettingParser) -> argparse.ArgumentParse
             help=f"how bits are chosen: {', '.join(_BITS[stage])} or uniform:w3a4 (any of bits.choices); default: "
             "policy. Not to be confused with the settings --bits.choices and so on",
         )
-    if stage != "eval":
+    if stage == "eval":
+        parser.add_argument(
+            "--budget",
+            type=float,
+            metavar="GBITOPS",
+            help="shift the policy to this mean cost, by its table of prices from the val split",
+        )
+    else:
         parser.add_argument(
             "--restart",
             action="store_true",

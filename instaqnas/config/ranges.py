@@ -15,6 +15,7 @@ from instaqnas.bits import FULL_PRECISION, BitChoice
 from instaqnas.errors import InputError
 
 BoxSizes = tuple[int, int]  # (smaller, larger) in pixels
+Budgets = tuple[float, float]  # (lowest, highest) in GBitOps
 T = TypeVar("T")
 
 
@@ -114,6 +115,10 @@ def _is_level(level: list[BitChoice]) -> bool:
     return len(level) > 0 and _are_bits(level[0]) and all(_are_bits_behind_relu(pair) for pair in level[1:])
 
 
+def _are_budgets(budgets: Budgets | None) -> bool:
+    return budgets is None or 0 < budgets[0] < budgets[1] < math.inf
+
+
 def _are_box_sizes(sizes: list[BoxSizes] | None) -> bool:
     return sizes is None or (len(sizes) == 6 and all(0 < smaller < larger for smaller, larger in sizes))
 
@@ -126,4 +131,5 @@ LEVELS = Range(
     "one to eight lists, equally long, of a pair of bit-widths for each layer: 2 to 8, or 32, or 1 for activations of "
     "all layers but the first",
 )
+BUDGETS = Range(_are_budgets, "[lowest, highest], both above 0")
 BOX_SIZES = Range(_are_box_sizes, "six pairs [smaller, larger] above 0")

@@ -15,8 +15,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from instaqnas.bits import BitChoice, parse_choice
-from instaqnas.config.ranges import BoxSizes, as_json
+from instaqnas.bits import BitChoice, Samples, parse_choice
+from instaqnas.config.ranges import BoxSizes, Budgets, as_json
 from instaqnas.config.settings import Config
 from instaqnas.errors import InputError
 
@@ -147,6 +147,8 @@ _TYPE_TEXTS = {
     bool: "true or false",
     str: "text",
     list[str]: "a list of texts, such as [a, b]",
+    Samples: "a whole number, or all",
+    Budgets | None: "[lowest, highest] in GBitOps",
     list[BoxSizes] | None: "a list of [smaller, larger]",
     BitChoice: "[weight bits, activation bits]",
     list[BitChoice]: "a list of [weight bits, activation bits]",

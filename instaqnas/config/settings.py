@@ -15,6 +15,7 @@ from instaqnas.bits import (
     Baseline,
     BitChoice,
     CompileMode,
+    Configurations,
     Device,
     ImageCache,
     OptimizerName,
@@ -23,6 +24,7 @@ from instaqnas.bits import (
     QuantizerName,
     RewardName,
     RewardQuality,
+    Samples,
     SearchStart,
     WeightSharing,
     choice_names,
@@ -31,11 +33,13 @@ from instaqnas.config.ranges import (
     BITS,
     BITS_BEHIND_RELU,
     BOX_SIZES,
+    BUDGETS,
     CHOICES,
     FRACTION,
     FRACTION_BELOW_1,
     LEVELS,
     BoxSizes,
+    Budgets,
     Range,
     at_least,
     at_most,
@@ -49,6 +53,7 @@ FOLDERS = Range(all, "folders")
 SOME_FOLDERS = Range(lambda roots: len(roots) > 0 and all(roots), "at least one folder, such as [VOCdevkit/VOC2007]")
 SPLIT_NAME = Range(bool, "the name of a split")
 WORKERS = Range(lambda workers: workers >= -1, "at least 0, or -1 for one per CPU")
+SAMPLES = Range(lambda samples: samples == "all" or samples >= 1, "at least 1, or all")
 SEED = Range(lambda seed: 0 <= seed < 2**32, "0 to 4294967295")
 
 
@@ -278,13 +283,18 @@ class QuantTrainConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class PretrainQuantConfig(QuantTrainConfig):
-    """The training under random bit configurations.
+    """The quantized training under many bit configurations.
 
     Args:
-        sandwich: a third of each batch has the cheapest choice at all positions, a third the most expensive one.
+        configurations: of the images; `random`: every choice equally likely; `sandwich`: a third of each batch has the
+            cheapest choice at all positions, a third the most expensive one, the others random ones; `policy`: sampled
+            from a first policy, whose cost per image grows with the loss of the full-precision network, and is
+            `reward.target_gbitops` on average. `policy` needs `policy.effort` and the reward `budget`.
+        explore: share of the images that get random choices under `policy`, from 0 to 1.
     """
 
-    sandwich: bool = False
+    configurations: Configurations = "random"
+    explore: float = setting(0.1, FRACTION)
 
 
 @dataclass(frozen=True)
@@ -304,10 +314,13 @@ class SearchConfig(QuantTrainConfig):
         baseline: reward that a sample's reward is compared with: of the `greedy` configuration, or the mean of the
             image's other samples (`rloo`).
         start: initial distribution of the policy: `uniform`; mostly the best fixed configuration within
-            `reward.target_gbitops` (`static`); or mostly the best configuration for each image, by the `sensitivity` of
-            positions times a factor that grows with the image's loss at the cheapest bits. `static` needs the reward
-            `budget`; `sensitivity` needs `policy.effort`, the reward `budget` and `reward.quality` `loss`.
-        samples: configurations sampled for each image of a policy step; `rloo` needs 2.
+            `reward.target_gbitops` (`static`); mostly the best configuration for each image, by the `sensitivity` of
+            positions times a factor that grows with the image's loss at the cheapest bits; or the policy that the
+            network was `pretrained` under. All but `uniform` need the reward `budget`; `sensitivity` needs
+            `policy.effort` and `reward.quality` `loss`, `pretrained` needs `pretrain_quant.configurations` `policy`.
+        samples: configurations sampled for each image of a policy step; `rloo` needs 2. `all` judges each of the K
+            choices once and takes the exact expectation, without `epsilon_*` and `baseline`; it needs
+            `bits.positions` `network`.
         normalize_advantage: scale the advantages of a policy step to a root mean square of 1.
     """
 
@@ -320,8 +333,20 @@ class SearchConfig(QuantTrainConfig):
     entropy_end: float = setting(0.0, at_least(0))
     baseline: Baseline = "greedy"
     start: SearchStart = "uniform"
-    samples: int = setting(1, at_least(1))
+    samples: Samples = setting(1, SAMPLES)
     normalize_advantage: bool = True
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(QuantTrainConfig):
+    """The training under the frozen policy.
+
+    Args:
+        budgets: [lowest, highest] mean GBitOps, policy included, between which every batch draws a budget of its own,
+            so that all levels stay trained for what other budgets give them. null: the policy as it is.
+    """
+
+    budgets: Budgets | None = setting(None, BUDGETS)
 
 
 @dataclass(frozen=True)
@@ -394,7 +419,7 @@ class Config:
     pretrain_fp32: PretrainFp32Config = field(default_factory=PretrainFp32Config)
     pretrain_quant: PretrainQuantConfig = field(default_factory=PretrainQuantConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    finetune: QuantTrainConfig = field(default_factory=QuantTrainConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = setting(0, SEED)
@@ -407,6 +432,7 @@ class Config:
         _check_bits(self.bits)
         _check_reward(self.reward)
         _check_search(self)
+        _check_first_policy(self)
 
 
 # --- Settings that have to go together --------------------------------------------------------------------------------
@@ -477,5 +503,23 @@ def _check_search(config: Config) -> None:
         raise unexpected("search.start", f"uniform for reward.name = {config.reward.name}", search.start)
     if search.ema_decay and not search.train_detector:
         raise unexpected("search.ema_decay", "0 for search.train_detector = false", search.ema_decay)
-    if search.baseline == "rloo" and search.samples < 2:
+    if search.samples == "all":
+        if config.bits.positions != "network":
+            raise unexpected("search.samples", f"a number for bits.positions = {config.bits.positions}", "all")
+    elif search.baseline == "rloo" and search.samples < 2:
         raise unexpected("search.samples", "at least 2 for search.baseline = rloo", search.samples)
+    if search.start == "pretrained" and config.pretrain_quant.configurations != "policy":
+        expected = "policy for search.start = pretrained"
+        raise unexpected("pretrain_quant.configurations", expected, config.pretrain_quant.configurations)
+
+
+def _check_first_policy(config: Config) -> None:
+    if config.pretrain_quant.configurations != "policy":
+        return
+    because = "for pretrain_quant.configurations = policy"
+    if not config.policy.effort:
+        raise unexpected("policy.effort", f"true {because}", config.policy.effort)
+    if config.policy.input != "image":
+        raise unexpected("policy.input", f"image {because}", config.policy.input)
+    if config.reward.name != "budget":
+        raise unexpected("reward.name", f"budget {because}", config.reward.name)

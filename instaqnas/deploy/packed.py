@@ -255,7 +255,9 @@ def load_packed(path: Path) -> IntegerModel:
         if policy.effort is not None:
             where = "effort"
             # Files that predate the table have the one that `PolicyNet` starts from.
-            effort = state.get("effort", torch.tensor(effort_of(architecture.bits.bit_products)).expand(policy.effort.shape))
+            effort = state.get(
+                "effort", torch.tensor(effort_of(architecture.bits.bit_products)).expand(policy.effort.shape)
+            )
             _check_like(effort, policy.effort)
         where = "eval"
         settings = from_plain({"data": {"roots": [str(path)]}, "eval": state["eval"]}).eval  # roots have no default

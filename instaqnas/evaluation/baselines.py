@@ -89,13 +89,17 @@ class Baselines:
 
     @cached_property
     def policy(self) -> PolicyNet:
-        """The run's latest policy, in eval mode.
+        """The run's latest policy, in eval mode, at the command's budget.
 
-        Raises: InputError if its search trained the detector and the search of the config does not, or the reverse.
+        Raises: InputError if it has no such budget, or if its search trained the detector and the search of the config
+            does not, or the reverse.
         """
         self.policy_source.check_search(self.experiment.config)
         policy = self.experiment.policy()
         self.policy_source.load(self.experiment, policy, "policy", POLICY_KINDS)
+        if self.command.budget is not None:
+            costs = detector_costs(self.experiment.adaptive_detector())
+            self.policy_source.shift_to_budget(policy, costs, self.command.budget)
         return policy.eval()
 
     @cached_property

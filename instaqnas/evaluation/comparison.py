@@ -112,12 +112,16 @@ def _policy_row(baselines: Baselines, source: Checkpoint, loader: DetectionLoade
     source.load(experiment, detector, "detector", POLICY_KINDS)
     source.load(experiment, policy, "policy", POLICY_KINDS)
     reward, cost = experiment.config.reward, policy_gbitops(policy, detector.image_size)
+    target = reward.target_gbitops if reward.name == "budget" else None
+    if baselines.command.budget is not None:
+        target = baselines.command.budget
+        source.shift_to_budget(policy, detector_costs(detector), target)
     report = evaluate(experiment, detector, loader, greedy_by(policy), cost)
     diagnosis = diagnose(
         survey(policy, detector, loader, experiment.device),
         detector_costs(detector),
         cost,
-        reward.target_gbitops if reward.name == "budget" else None,
+        target,
     )
     diagnosis.log_collapse("the test split")
     found = _search_metrics(baselines.command)

@@ -26,6 +26,9 @@ from instaqnas.experiment.stage import (
     stage_named,
 )
 from instaqnas.files import file_digest
+from instaqnas.policy.budget import PricePoint, price_of
+from instaqnas.policy.network import PolicyNet
+from instaqnas.quant.bitops import CostTable
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,9 @@ class Checkpoint:
         if stage.kind not in kinds:
             raise InputError(f"{self.path}: a checkpoint of stage {stage.name}; needed here: {' or '.join(kinds)}")
         try:
-            was = {**completed(self.state["config"], stage.networks), "classes": self.state["classes"]}
-            now = {section: experiment.plain[section] for section in stage.networks}
+            sections = {*stage.networks, name}  # a pretraining may have a policy in addition
+            was = {**completed(self.state["config"], sections), "classes": self.state["classes"]}
+            now = {section: experiment.plain[section] for section in sections}
             changed = differences(was, {**now, "classes": list(experiment.class_names)})
             if changed:
                 raise InputError(f"trained with other settings: {'; '.join(changed)}")
@@ -94,6 +98,21 @@ class Checkpoint:
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             first_line = str(error).splitlines()[0]
             raise InputError(f"{self.path}: of another version of this program ({first_line})") from error
+
+    def shift_to_budget(self, policy: PolicyNet, costs: CostTable, gbitops: float) -> None:
+        """Shifts the logits of its policy to another mean cost, by the prices in the checkpoint.
+
+        Args:
+            policy: with the weights of this checkpoint.
+            costs: of its detector.
+            gbitops: the mean cost, policy included.
+
+        Raises: InputError if the checkpoint has no prices, or the cost is outside them.
+        """
+        prices = [PricePoint(*point) for point in self.state.get("prices", [])]
+        if not prices:
+            raise InputError(f"{self.path}: no prices for other budgets; finish its search or finetuning first")
+        policy.add_to_logits(-price_of(prices, gbitops) * costs.gbitops_table())
 
     def check_held_out(self, experiment: Experiment) -> None:
         """Raises InputError if its detector may have been trained on images that `data.policy_share` holds out here."""

@@ -66,7 +66,10 @@ class Stage:
         Evaluation settings count where they decide: in a search, and where a val split picks the best epoch.
         """
         sections = ["seed", "data", *self.networks, self.section]
-        if self.rewarded:
+        first_policy = self.section == "pretrain_quant" and plain["pretrain_quant"]["configurations"] == "policy"
+        if first_policy:
+            sections.append("policy")
+        if self.rewarded or first_policy:
             sections.append("reward")
         if self.rewarded or plain["data"]["val_split"]:
             sections.append("eval")
@@ -80,7 +83,7 @@ class Stage:
     @property
     def compared_sections(self) -> tuple[str, ...]:
         """Sections that `decisive` reads."""
-        return ("seed", "data", *self.networks, self.section, "reward", "eval", "runtime")
+        return ("seed", "data", *self.networks, "policy", self.section, "reward", "eval", "runtime")
 
 
 def _stage(kind: str, script: str, networks: tuple[str, ...], **settings: Any) -> Stage:

@@ -86,6 +86,32 @@ def greedy_by(policy: nn.Module) -> ChooseBits:
     return choose
 
 
+def shifted_greedy_by(policy: nn.Module, offset: Tensor) -> ChooseBits:
+    """The policy's most likely choices after `offset` [L, K] is added to its logits."""
+
+    @torch.no_grad()
+    def choose(images: Tensor, _: Sequence[SampleKey]) -> Tensor:
+        logits = policy(images)
+        return (logits + offset.to(logits)).argmax(-1)
+
+    return choose
+
+
+def greedy_at_random_shifts(policy: nn.Module, offset_of: Callable[[float], Tensor], draw: Draw) -> ChooseBits:
+    """The policy's most likely choices after a shift of its logits that each batch draws anew.
+
+    Args:
+        policy: the policy.
+        offset_of: the shift [L, K] for a number in [0, 1).
+        draw: random numbers; the one of a batch is the first number of its first image.
+    """
+
+    def choose(images: Tensor, keys: Sequence[SampleKey]) -> Tensor:
+        return shifted_greedy_by(policy, offset_of(draw(keys)[0, 0].item()))(images, keys)
+
+    return choose
+
+
 def mix_uniform(logits: Tensor, epsilon: float) -> Tensor:
     """Probabilities (1 - epsilon) * softmax + epsilon / K, [B, L, K]."""
     return (1 - epsilon) * logits.softmax(-1) + epsilon / logits.shape[-1]

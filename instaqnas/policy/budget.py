@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
+import numpy as np
 from torch import Tensor
+
+from instaqnas.errors import InputError
 
 SMOOTHING = 0.3  # weight of the newest batch in the moving average of the excess
 TOLERANCE = 1e-3  # relative: a mean cost this close to the target has met it
 BISECTIONS = 100
+TABLE_POINTS = 257
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,14 @@ def greedy_gbitops(logits: Tensor, costs: Tensor, fixed: float) -> float:
 
 
 def budget_offset(logits: Tensor, costs: Tensor, fixed: float, target: float) -> Tensor:
-    """Offset [L, K] to the logits of a policy so that the most likely choices of N images cost `target` on average.
+    """Offset [L, K] to the logits of a policy, -price * costs, for the price of `budget_price`."""
+    return -budget_price(logits, costs, fixed, target) * costs.double()
 
-    It is -price * costs, with one price for all images and positions. The shifted policy chooses the maximum of
+
+def budget_price(logits: Tensor, costs: Tensor, fixed: float, target: float) -> float:
+    """The price of GBitOps at which the most likely choices of N images cost `target` on average.
+
+    There is one price for all images and positions. The policy shifted by -price * costs chooses the maximum of
     sum log p(choice) - price * GBitOps: among all choices with the same mean cost, the ones that the policy itself
     finds most likely (Lagrange relaxation; Everett, Operations Research 1963). Positions where the policy is least
     decided per GBitOps change first. The mean cost is a step function of the price, one step per position and image,
@@ -73,7 +83,7 @@ def budget_offset(logits: Tensor, costs: Tensor, fixed: float, target: float) ->
 
     differences = (costs[:, :, None] - costs[:, None, :]).abs()
     if not differences.any():  # a single choice, or all choices cost the same
-        return torch.zeros_like(costs)
+        return 0.0
     smallest = differences[differences > 0].min().item()
     highest = 1 + 2 * (logits.amax() - logits.amin()).item() / smallest  # beyond this price the cost alone decides
     low, high = -highest, highest
@@ -81,6 +91,39 @@ def budget_offset(logits: Tensor, costs: Tensor, fixed: float, target: float) ->
         price = (low + high) / 2
         cost = mean_gbitops(price)
         if abs(cost / target - 1) < TOLERANCE:
-            return -price * costs
+            return price
         low, high = (price, high) if cost > target else (low, price)
-    return -min(low, high, key=lambda price: abs(mean_gbitops(price) - target)) * costs
+    return min(low, high, key=lambda price: abs(mean_gbitops(price) - target))
+
+
+class PricePoint(NamedTuple):
+    """Mean GBitOps of a policy, its own cost included, after its logits were shifted by -price * costs."""
+
+    price: float
+    gbitops: float
+
+
+def price_table(logits: Tensor, costs: Tensor, fixed: float) -> list[PricePoint]:
+    """Prices for `TABLE_POINTS` mean costs, evenly from the cheapest to the most expensive configuration.
+
+    Args as in `budget_price`. Returns: points of different mean costs, the lowest first.
+    """
+    lowest, highest = (fixed + total.item() for total in (costs.amin(1).sum(), costs.amax(1).sum()))
+    points: dict[float, PricePoint] = {}
+    for step in range(TABLE_POINTS):
+        target = lowest + (highest - lowest) * step / (TABLE_POINTS - 1)
+        price = budget_price(logits, costs, fixed, target)
+        gbitops = greedy_gbitops(logits.double() - price * costs.double(), costs.double(), fixed)
+        points.setdefault(gbitops, PricePoint(price, gbitops))
+    return [points[gbitops] for gbitops in sorted(points)]
+
+
+def price_of(table: Sequence[PricePoint], gbitops: float) -> float:
+    """The price for a mean cost, linear between the points of a table.
+
+    Raises: InputError if the cost is outside the table.
+    """
+    costs = [point.gbitops for point in table]
+    if not costs[0] <= gbitops <= costs[-1]:
+        raise InputError(f"a budget of {gbitops:g} GBitOps: expected {costs[0]:.4g} to {costs[-1]:.4g}")
+    return float(np.interp(gbitops, costs, [point.price for point in table]))

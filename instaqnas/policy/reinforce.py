@@ -22,6 +22,25 @@ def policy_gradient_loss(log_prob: Tensor, advantage: Tensor, entropy: Tensor, e
     return (-log_prob * advantage.detach() - entropy_beta * entropy).mean()
 
 
+def expected_reward_loss(probabilities: Tensor, advantage: Tensor, entropy: Tensor, entropy_beta: float) -> Tensor:
+    """Mean over images of -sum_k p_k * advantage_k - beta * entropy: a scalar to be minimised.
+
+    Its gradient is the expectation of the one of `policy_gradient_loss`, without the variance of sampling.
+
+    Args:
+        probabilities: [B, K], of the K choices of an image.
+        advantage: [K, B], of every choice; no gradient flows through it.
+        entropy: [B], of the policy.
+        entropy_beta: weight of the entropy bonus.
+    """
+    return (-(probabilities * advantage.detach().T).sum(1) - entropy_beta * entropy).mean()
+
+
+def above_expectation(probabilities: Tensor, rewards: Tensor) -> Tensor:
+    """Advantages [K, B]: `rewards` [K, B] minus their expectation under `probabilities` [B, K], without gradient."""
+    return rewards - (probabilities.detach().T * rewards).sum(0)
+
+
 def leave_one_out(rewards: Tensor) -> Tensor:
     """Advantages [n, B] of `rewards` [n, B], n >= 2: R_i minus the mean reward of the image's other n - 1 samples.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instaqnas.policy.budget import budget_offset
+from instaqnas.policy.budget import budget_price
 
 START_PROBABILITY = 0.7  # of each choice of the configuration that `start_logits` starts from
 # Mean probability of the most likely choices after `start_at_price`. It is high because there are dozens of positions,
@@ -33,7 +33,7 @@ def start_at_price(
     """Initial logits: the most likely choices of an image minimise (1 + effort) * loss + price * GBitOps.
 
     The minimum is taken at each position, as if the losses of positions added up (Lagrange relaxation, as in
-    `budget_offset`). The price is the same for all images and positions: the one at which their mean cost is the
+    `budget_price`). The price is the same for all images and positions: the one at which their mean cost is the
     target, or 0 if the cost is below the target even so.
 
     Args:
@@ -50,10 +50,8 @@ def start_at_price(
     saved = losses[:, :1] - losses  # loss saved by each choice, compared with the first one
     of_effort = saved * ~alike[:, None]
     worth = saved + efforts.double()[:, None, None] * of_effort
-    offset = budget_offset(worth, costs, fixed, target)
-    price = -(offset.sum() / costs.sum()).item()
-    if price <= 0:
-        offset, price = torch.zeros_like(offset), 0.0
+    price = max(0.0, budget_price(worth, costs, fixed, target))
+    offset = -price * costs
     sharpness = _sharpness(worth + offset)
     return sharpness * (saved + offset), sharpness * of_effort, price
 

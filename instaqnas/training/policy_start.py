@@ -7,18 +7,20 @@ formula is in `instaqnas.policy.start`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from instaqnas import distributed
-from instaqnas.detector.ssd import SwitchableSSD, detector_costs
+from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.evaluation.baselines import fixed_within
 from instaqnas.evaluation.sensitivity import cheapest_and_most_expensive, pretrained_loss, sensitivity_of
+from instaqnas.evaluation.survey import survey
 from instaqnas.experiment.handover import Checkpoint
 from instaqnas.experiment.parts import Experiment
-from instaqnas.policy.budget import Multiplier
+from instaqnas.experiment.stage import FULL_PRECISION_KINDS, PRETRAIN_QUANT
+from instaqnas.policy.bit_config import ChooseBits, fixed, shifted_greedy_by
+from instaqnas.policy.budget import Multiplier, budget_offset, greedy_gbitops
 from instaqnas.policy.diagnostics import average_ranks, rank_correlation
 from instaqnas.policy.network import PolicyNet
 from instaqnas.policy.start import start_at_price, start_logits
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 # For fitting the effort.
 EPOCHS = 24
 LR = 8e-3
+SLOPE_STEP = 0.1  # relative distance of the two budgets that give the first price from the target
 
 
 def begin_policy(
@@ -45,6 +48,9 @@ def begin_policy(
     Returns: the initial multiplier of the reward `budget`.
     """
     start = experiment.config.search.start
+    if start == "pretrained":
+        source.load(experiment, policy, "policy", (PRETRAIN_QUANT.kind,))
+        return _multiplier_at_target(experiment, detector.eval(), policy.eval(), own_gbitops)
     if start == "sensitivity":
         return begin_by_loss(experiment, source, detector.eval(), policy, own_gbitops)
     if start == "static":
@@ -77,14 +83,16 @@ def begin_by_loss(
     target = experiment.config.reward.target_gbitops
     sensitivity = sensitivity_of(experiment, pretrained_loss(experiment, source))
     with distributed.alone():
-        losses = losses_under(experiment, detector, cheapest_and_most_expensive(costs).cheapest)
+        losses = losses_under(experiment, detector, fixed(cheapest_and_most_expensive(costs).cheapest))
         _fit_effort(experiment, detector, policy, losses)
         efforts = efforts_of(experiment, detector, policy).cpu()
-    fixed = costs.fixed / 1e9 + own_gbitops
+    fixed_gbitops = costs.fixed / 1e9 + own_gbitops
     # The bits of the stem change the input of every other layer, so all images get the same.
     alike = torch.tensor([name == "backbone.stem" for name in costs.positions])
     table = costs.gbitops_table().cpu()
-    logits, of_effort, price = start_at_price(torch.tensor(sensitivity.mean), table, fixed, target, efforts, alike)
+    logits, of_effort, price = start_at_price(
+        torch.tensor(sensitivity.mean), table, fixed_gbitops, target, efforts, alike
+    )
     policy.begin(logits.to(losses), of_effort.to(losses))
     log.info(
         "search: starts at a price of %.4g of loss per GBitOps; rank correlation of effort and loss %.2f",
@@ -94,14 +102,76 @@ def begin_by_loss(
     return Multiplier(integral=price * target)
 
 
+def begin_by_effort(
+    experiment: Experiment, source: Checkpoint, detector: SwitchableSSD, policy: PolicyNet, own_gbitops: float
+) -> None:
+    """Initialises the first policy of a quantized pretraining, before the detector has run at few bits.
+
+    The effort of an image is fitted to the rank of its loss in full precision, scaled to -1 to 1. Every doubling of bit
+    operations is assumed to be worth 1 + effort, so that the cost of an image grows in proportion to 1 + effort, as far
+    as the choices go; see `start_at_price`. Every process fits all images.
+
+    Args:
+        experiment: parts of the config.
+        source: checkpoint of the full-precision training.
+        detector: computes the input of the policy.
+        policy: calibrated, with effort.
+        own_gbitops: cost of the policy network per image.
+    """
+    full = experiment.detector(DetectorBits.full_precision()).eval()
+    source.load(experiment, full, "detector", FULL_PRECISION_KINDS)
+    with distributed.alone():
+        losses = losses_under(experiment, full, experiment.choose_fixed(full))
+        _fit_effort(experiment, detector, policy, losses)
+        efforts = efforts_of(experiment, detector, policy).cpu()
+    costs = detector_costs(detector)
+    table, fixed_gbitops = costs.gbitops_table().cpu(), costs.fixed / 1e9 + own_gbitops
+    target = experiment.config.reward.target_gbitops
+    alike = torch.zeros(len(table), dtype=torch.bool)
+    logits, of_effort, _ = start_at_price(-table.log2(), table, fixed_gbitops, target, efforts, alike)
+    policy.begin(logits.to(losses), of_effort.to(losses))
+    log.info(
+        "pretrain_quant: a first policy at %.4g GBitOps; rank correlation of effort and loss %.2f",
+        target,
+        rank_correlation(efforts.double(), losses.double().cpu()),
+    )
+
+
+def _multiplier_at_target(
+    experiment: Experiment, detector: SwitchableSSD, policy: PolicyNet, own_gbitops: float
+) -> Multiplier:
+    """The initial multiplier of the reward `budget` for a policy that meets its target.
+
+    The price is the loss saved per GBitOps between two budgets around the target, `SLOPE_STEP` below and above, each
+    met by a shift of the policy's logits as in `budget_offset`.
+
+    Args:
+        experiment: parts of the config.
+        detector, policy: in eval mode.
+        own_gbitops: cost of the policy network per image.
+    """
+    costs, target = detector_costs(detector), experiment.config.reward.target_gbitops
+    table, fixed_gbitops = costs.gbitops_table().cpu(), costs.fixed / 1e9 + own_gbitops
+    with distributed.alone():
+        logits = survey(policy, detector, experiment.policy_images(), experiment.device).logits
+        measured = []
+        for budget in ((1 - SLOPE_STEP) * target, (1 + SLOPE_STEP) * target):
+            offset = budget_offset(logits, table, fixed_gbitops, budget)
+            losses = losses_under(experiment, detector, shifted_greedy_by(policy, offset))
+            measured.append((greedy_gbitops(logits + offset, table, fixed_gbitops), losses.double().mean().item()))
+    (low_cost, low_loss), (high_cost, high_loss) = measured
+    price = max(0.0, (low_loss - high_loss) / (high_cost - low_cost)) if high_cost > low_cost else 0.0
+    log.info("search: starts at a price of %.4g of loss per GBitOps", price)
+    return Multiplier(integral=price * target)
+
+
 @torch.no_grad()
-def losses_under(experiment: Experiment, detector: SwitchableSSD, configuration: Sequence[int]) -> Tensor:
-    """Multibox loss [N] of each training image of the policy, in dataset order, under one configuration."""
-    choices = torch.tensor(configuration, device=experiment.device)
+def losses_under(experiment: Experiment, detector: SwitchableSSD, choose_bits: ChooseBits) -> Tensor:
+    """Multibox loss [N] of each training image of the policy, in dataset order; `detector` is in eval mode."""
     losses = []
     for batch in distributed.progress_bar(experiment.policy_images(), "losses"):
         batch = batch.to(experiment.device)
-        output = detector(batch.images, choices.expand(len(batch.images), -1))
+        output = detector(batch.images, choose_bits(batch.images, batch.keys))
         losses.append(detector.image_losses(output, batch.boxes_xyxy, batch.labels, batch.difficult))
     return torch.cat(losses)
 

@@ -22,7 +22,7 @@ from instaqnas.policy.network import PolicyNet, policy_gbitops
 from instaqnas.quant.affine import Affine
 from instaqnas.quant.bitops import CostTable
 from instaqnas.training.detector_training import DetectorTraining
-from instaqnas.training.policy_step import Judge, Quality, policy_step
+from instaqnas.training.policy_step import Judge, Quality, Sampling, policy_step
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,6 @@ class PolicyTraining:
         detector, target = self.training.result, self.target_gbitops
         progress, epsilon = self.progress(epoch), self.epsilon(epoch)
         entropy_beta = _between(settings.entropy_start, settings.entropy_end, progress)
-        draws = [experiment.draw("policy samples", number) for number in range(settings.samples)]
         judge = self.judge(progress)
         sums = state.sums("policy")
         self.loader.set_epoch(epoch, first_batch=sums.steps)
@@ -103,11 +102,9 @@ class PolicyTraining:
                 detector,
                 judge,
                 state.optimizers["policy"],
-                epsilon=epsilon,
+                sampling=self._sampling(epsilon),
                 entropy_beta=entropy_beta,
-                baseline=settings.baseline,
                 normalize_advantage=settings.normalize_advantage,
-                draws=draws,
                 step=epoch * len(self.loader) + sums.steps,
             )
             sums.add(scalars, distributed.world_size() * len(batch.image_ids))
@@ -160,7 +157,8 @@ class PolicyTraining:
         step = self.training.state.epoch * len(self.training.loader)
         self.training.run_dir.log_step(step, found.position_scalars())
         scalars = {f"diagnostics/{name}": value for name, value in found.scalars().items()}
-        if self.config.search.baseline == "greedy":  # every step judges the greedy configurations
+        settings = self.config.search
+        if settings.baseline == "greedy" and settings.samples != "all":  # every step judges the greedy configurations
             return scalars
         return scalars | self.greedy_outcome()
 
@@ -177,6 +175,14 @@ class PolicyTraining:
             sums += torch.stack([found.reward, found.quality, torch.ones_like(found.quality)], 1).to(sums).sum(0)
         reward, quality, images = distributed.total(sums).tolist()
         return {"reward/greedy": reward / images, "quality/greedy": quality / images}
+
+    def _sampling(self, epsilon: float) -> Sampling | None:
+        """How configurations are sampled with a share `epsilon` of exploration; None where all are judged."""
+        settings = self.config.search
+        if settings.samples == "all":
+            return None
+        draws = [self.training.experiment.draw("policy samples", number) for number in range(settings.samples)]
+        return Sampling(draws, epsilon, settings.baseline)
 
     def judge(self, progress: float) -> Judge:
         """The judge at some progress of the search, from 0 to 1; the detector must be in eval mode when it judges."""

@@ -48,8 +48,9 @@ from instaqnas.policy.network import PolicyNet, policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.fused import compile_passes
 from instaqnas.quant.switchable import calibrate
+from instaqnas.training.budgets import choose_at_budgets, measured_prices
 from instaqnas.training.detector_training import DetectorTraining, teacher_of
-from instaqnas.training.policy_start import begin_policy
+from instaqnas.training.policy_start import begin_by_effort, begin_policy
 from instaqnas.training.policy_training import PolicyTraining
 from instaqnas.training.runtime import keep_freed_memory
 
@@ -84,18 +85,29 @@ def run_pretrain_fp32(command: Command, experiment: Experiment) -> None:
 
 
 def run_pretrain_quant(command: Command, experiment: Experiment) -> None:
-    """Trains the quantized detector under uniformly random bit configurations, from a full-precision network."""
+    """Trains the quantized detector under many bit configurations, from a full-precision network."""
     settings = command.config.pretrain_quant
     source = initial_checkpoint(command) or finished_checkpoint(command.run, PRETRAIN_FP32, command.config)
     with open_stage(experiment, command.run, PRETRAIN_QUANT, source=source) as run_dir:
         detector = experiment.quantized_detector()
+        policy = experiment.policy() if settings.configurations == "policy" else None
+        own_gbitops = policy_gbitops(policy, detector.image_size) if policy is not None else 0.0
         if not run_dir.has_begun:
             source.check_held_out(experiment)
             _quantize(experiment, source, detector)
+            if policy is not None:
+                _calibrate_policy(experiment, detector, policy)
+                begin_by_effort(experiment, source, detector, policy, own_gbitops)
         teacher = teacher_of(experiment, source, settings.distill_weight)
         training = DetectorTraining.begin(experiment, run_dir, detector, settings, teacher)
-        draw = experiment.choose_sandwich if settings.sandwich else experiment.choose_random
-        _train(training, draw("pretrain_quant"), experiment.choose_random("validate"))
+        if policy is None:
+            draw = experiment.choose_sandwich if settings.configurations == "sandwich" else experiment.choose_random
+            _train(training, draw("pretrain_quant"), experiment.choose_random("validate"))
+            return
+        policy.eval().requires_grad_(False)  # noqa: FBT003
+        training.state.networks["policy"] = policy
+        sampled = sampled_by(policy, settings.explore, experiment.draw("pretrain_quant"))
+        _train(training, sampled, greedy_by(policy), own_gbitops)
 
 
 @distributed.reporting_lost_processes()
@@ -137,6 +149,7 @@ def run_search(command: Command, experiment: Experiment | None = None) -> None:
                 scalars |= training.train_epoch(epoch, sampled)
             if training.in_last_epoch:
                 learning.meet_budget()
+                training.state.prices = measured_prices(experiment, training.result, policy, own_gbitops)
             scalars |= training.validate_epoch(choose, own_gbitops)
             if training.validates:
                 scalars |= learning.diagnose()
@@ -166,8 +179,12 @@ def run_finetune(command: Command, experiment: Experiment | None = None) -> None
             experiment, run_dir, detector, settings, teacher_of(experiment, teacher, settings.distill_weight)
         )
         training.state.networks["policy"] = policy
-        choose = greedy_by(policy)
-        _train(training, choose, choose, policy_gbitops(policy, detector.image_size))
+        own_gbitops = policy_gbitops(policy, detector.image_size)
+        prices = training.state.prices = measured_prices(experiment, detector, policy, own_gbitops)
+        choose = choose_in_use = greedy_by(policy)
+        if settings.budgets is not None:
+            choose = choose_at_budgets(experiment, policy, detector_costs(detector), prices, settings.budgets)
+        _train(training, choose, choose_in_use, own_gbitops)
 
 
 def _finetune_fixed(command: Command) -> None:
@@ -219,6 +236,8 @@ def run_eval(command: Command, experiment: Experiment | None = None) -> None:
     folder = command.run / EVAL.name
     if command.bits not in SEVERAL_BITS:
         folder = folder / command.bits.replace(":", "_")
+    if command.budget is not None:
+        folder = folder.with_name(f"{folder.name}_at_{command.budget:g}")
     write_report(folder, rows, experiment.plain)
     log.info("%s", format_table([row.plain() for row in rows]))
     log.info("report and plot: %s", folder)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from instaqnas.policy.budget import Multiplier
+from instaqnas.policy.budget import Multiplier, PricePoint
 
 
 @dataclass
@@ -53,6 +53,7 @@ class TrainState:
         optimizers: by name.
         scheduler: of the detector's optimizer.
         multiplier: price of GBitOps under the reward `budget`.
+        prices: of the policy, on the tuning split; empty before the end of a search.
         epoch: number of finished epochs.
         best_map: highest mAP on the val split so far, 0 to 1; -1 before the first validation.
         metrics: scalars of the last finished epoch.
@@ -65,6 +66,7 @@ class TrainState:
     optimizers: dict[str, Optimizer]
     scheduler: LRScheduler
     multiplier: Multiplier = field(default_factory=Multiplier)
+    prices: list[PricePoint] = field(default_factory=list)
     epoch: int = 0
     best_map: float = -1.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class TrainState:
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scheduler": self.scheduler.state_dict(),
             "multiplier": vars(self.multiplier),
+            "prices": [list(point) for point in self.prices],
             "epoch": self.epoch,
             "best_map": self.best_map,
             "metrics": self.metrics,
@@ -107,4 +110,5 @@ class TrainState:
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.best_map, self.metrics = state["epoch"], state["best_map"], state["metrics"]
         self.multiplier = Multiplier(**state["multiplier"])
+        self.prices = [PricePoint(*point) for point in state.get("prices", [])]
         self.running = {name: EpochSums(**sums) for name, sums in state.get("running", {}).items()}

@@ -50,9 +50,9 @@ def test_option_values_take_the_type_of_the_setting(parse: Parse) -> None:
 
 
 def test_quantized_stages_have_settings_of_their_own(parse: Parse) -> None:
-    text = MINIMAL + "pretrain_quant: {sandwich: true, distill_weight: 2, ema_decay: 0.9}\n"
+    text = MINIMAL + "pretrain_quant: {configurations: sandwich, distill_weight: 2, ema_decay: 0.9}\n"
     config = parse(text, "--search.batch_norm_batches=4", "--finetune.distill_weight=0.5").config
-    assert config.pretrain_quant == PretrainQuantConfig(sandwich=True, distill_weight=2.0, ema_decay=0.9)
+    assert config.pretrain_quant == PretrainQuantConfig(configurations="sandwich", distill_weight=2.0, ema_decay=0.9)
     assert config.search == SearchConfig(batch_norm_batches=4)
     assert (config.finetune.distill_weight, config.finetune.batch_norm_batches) == (0.5, 0)
 

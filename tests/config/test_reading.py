@@ -101,8 +101,8 @@ def test_key_written_twice_is_refused(refusal: Callable[..., str], text: str, ex
             ", pretrained",
         ),
         (
-            "search: {sandwich: true}",
-            "some.yaml: unknown key search.sandwich; did you mean ",
+            "search: {configurations: sandwich}",
+            "some.yaml: unknown key search.configurations; did you mean ",
             ", normalize_advantage",
         ),
         ("zzz: 3", "some.yaml: unknown key zzz; known: data, ", ", device"),
@@ -172,7 +172,16 @@ def test_from_plain_fills_in_defaults_and_refuses_unknown_keys() -> None:
 
 def test_a_config_from_before_a_setting_existed_is_completed_with_its_default() -> None:
     now, old = (to_plain(Config(data=DataConfig(roots=["voc"]))) for _ in range(2))
-    added = {"ema_decay", "distill_weight", "batch_norm_batches", "batch_renorm", "sandwich", "pretrained"}
+    added = {
+        "ema_decay",
+        "distill_weight",
+        "batch_norm_batches",
+        "batch_renorm",
+        "configurations",
+        "explore",
+        "budgets",
+        "pretrained",
+    }
     for section in ("pretrain_fp32", "pretrain_quant", "search", "finetune"):
         for name in added & old[section].keys():
             del old[section][name]

@@ -12,6 +12,7 @@ from instaqnas.policy.bit_config import (
     Draw,
     entropy,
     fixed,
+    greedy_at_random_shifts,
     greedy_by,
     handed_out,
     log_prob,
@@ -237,3 +238,17 @@ def test_samples_of_a_policy_follow_the_mixed_distribution() -> None:
     frequencies = nn.functional.one_hot(drawn, 3).double().mean(0)
     expected = torch.tensor([[0.8, 0.1, 0.1], [0.7 * 0.25 + 0.1, 0.7 * 0.75 + 0.1, 0.1]]).double()
     torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.015)
+
+
+def test_every_batch_draws_one_shift_of_the_logits() -> None:
+    policy = Table(torch.tensor([[0.0, 0.4, 0.2]]))
+
+    def offset_of(number: float) -> torch.Tensor:
+        return torch.tensor([[1.0 if number < 0.5 else 0.0, 0.0, 0.0]])
+
+    def numbers(drawn: list[float]) -> list[int]:
+        choose = greedy_at_random_shifts(policy, offset_of, lambda _: torch.tensor(drawn)[:, None].double())
+        return choose(images(3), keys(3))[:, 0].tolist()
+
+    assert numbers([0.1, 0.9, 0.9]) == [0, 0, 0]  # the first image decides for its batch
+    assert numbers([0.7, 0.1, 0.1]) == [1, 1, 1]

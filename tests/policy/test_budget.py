@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from instaqnas.policy.budget import SMOOTHING, TOLERANCE, Multiplier, budget_offset, greedy_gbitops
+from instaqnas.errors import InputError
+from instaqnas.policy.budget import (
+    SMOOTHING,
+    TOLERANCE,
+    Multiplier,
+    PricePoint,
+    budget_offset,
+    greedy_gbitops,
+    price_of,
+    price_table,
+)
 from instaqnas.policy.reward import budget
 
 # --- The multiplier ---------------------------------------------------------------------------------------------------
@@ -147,3 +157,29 @@ def test_without_anything_to_choose_nothing_is_shifted(costs: list[list[float]])
     table = torch.tensor(costs).double()
     offset = budget_offset(random_logits(4, *table.shape), table, 1.0, 3.0)
     assert torch.equal(offset, torch.zeros_like(table))
+
+
+# --- Prices for other budgets -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [2.5, 2.71, 3.2, 3.9])
+def test_the_table_has_the_price_of_every_budget(budget: float) -> None:
+    logits = random_logits(1000, 3, 3)
+    price = price_of(price_table(logits, COSTS, 2.0), budget)
+    assert greedy_gbitops(logits - price * COSTS, COSTS, 2.0) == pytest.approx(budget, rel=0.005)
+
+
+def test_a_table_runs_from_the_cheapest_to_the_most_expensive_configuration_at_falling_prices() -> None:
+    table = price_table(random_logits(200, 3, 3), COSTS, 2.0)
+    assert table[0].gbitops == pytest.approx(2 + 0.04 + 0.4 + 0.04, rel=TOLERANCE)
+    assert table[-1].gbitops == pytest.approx(2 + 0.16 + 1.6 + 0.16, rel=TOLERANCE)
+    assert all(a.gbitops < b.gbitops and a.price > b.price for a, b in itertools.pairwise(table))
+
+
+def test_between_two_points_the_price_is_linear_and_outside_there_is_none() -> None:
+    table = [PricePoint(4.0, 1.0), PricePoint(2.0, 2.0), PricePoint(-1.0, 2.5)]
+    assert price_of(table, 1.25) == pytest.approx(3.5)
+    assert price_of(table, 2.0) == 2.0
+    for outside in (0.9, 2.6):
+        with pytest.raises(InputError, match=f"a budget of {outside} GBitOps: expected 1 to 2.5"):
+            price_of(table, outside)

@@ -19,7 +19,7 @@ from instaqnas.policy.reward import budget
 from instaqnas.quant.affine import Affine
 from instaqnas.quant.switchable import calibrate
 from instaqnas.seeds import SampleKey, generator, uniform_numbers
-from instaqnas.training.policy_step import Judge, policy_step
+from instaqnas.training.policy_step import Judge, Sampling, policy_step
 from instaqnas.training.state import EpochSums
 
 POSITIONS, CHOICES = 6, 3
@@ -81,11 +81,9 @@ def train(
             Observer(observe),
             judge,
             optimizer,
-            epsilon=epsilon,
+            sampling=Sampling(draws(samples), epsilon, baseline) if samples else None,
             entropy_beta=entropy_beta,
-            baseline=baseline,
             normalize_advantage=normalize_advantage,
-            draws=draws(samples),
             step=number,
         )
         sums.add(scalars, len(batch.image_ids))
@@ -137,8 +135,8 @@ def test_a_frozen_stem_is_computed_once_and_handed_to_every_judgement() -> None:
     policy_step(
         network, batch_of(IMAGES, range(4)), Frozen(lambda images: images),
         Judge(quality, lambda choices: choices.sum(1).double(), lambda quality, _: quality),
-        torch.optim.SGD(network.parameters(), lr=0.0), epsilon=0.0, entropy_beta=0.0, baseline="greedy",
-        normalize_advantage=True, draws=draws(2), step=0,
+        torch.optim.SGD(network.parameters(), lr=0.0), sampling=Sampling(draws(2), 0.0, "greedy"), entropy_beta=0.0,
+        normalize_advantage=True, step=0,
     )  # fmt: skip
     assert judged_with == [stem] * 3
 
@@ -204,6 +202,26 @@ def test_the_gradient_is_that_of_a_naive_sum(baseline: Baseline) -> None:
                 step = nn.functional.one_hot(torch.tensor(choice), CHOICES) - p[position]
                 expected[position] += (rewards[sample][image] - beyond) * step / 12
     torch.testing.assert_close(network.logits.detach() - logits, expected)
+
+
+def test_without_sampling_every_choice_is_judged_once_and_the_gradient_is_that_of_the_expected_reward() -> None:
+    logits = torch.randn(1, CHOICES, generator=torch.Generator().manual_seed(2))
+    watch, network = Watch(), Table(logits.clone())
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    batches = [batch_of(IMAGES, range(4))]
+    sums = train(network, batches, watch.judge(), optimizer, samples=0, normalize_advantage=False, entropy_beta=0.1)
+    assert [choices.tolist() for choices in watch.judged] == [[[k]] * 4 for k in range(CHOICES)]
+    reward = torch.arange(CHOICES) * 0.9  # of choice k: k - k / 10
+
+    def objective(values: Tensor) -> Tensor:
+        p = values.softmax(-1)
+        return (p * reward).sum() - 0.1 * (p * p.log()).sum()
+
+    expected = torch.autograd.functional.jacobian(objective, logits)
+    torch.testing.assert_close(network.logits.detach() - logits, expected)
+    p = logits.softmax(-1)[0]
+    assert sums.means()["reward/sampled"] == pytest.approx((p * reward).sum().item(), rel=1e-6)
+    assert sums.means()["cost/gbitops_sampled"] == pytest.approx((p * torch.arange(CHOICES)).sum().item(), rel=1e-6)
 
 
 def test_the_policy_sees_what_it_is_shown() -> None:

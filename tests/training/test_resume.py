@@ -83,7 +83,7 @@ SEARCH_OPTIONS = (
 
 
 PRETRAIN_OPTIONS = (
-    "--pretrain_quant.sandwich=true",
+    "--pretrain_quant.configurations=sandwich",
     "--pretrain_quant.batch_norm_batches=1",
     "--pretrain_quant.eval_every=1",
 )

@@ -577,7 +577,11 @@ def test_distillation_and_sandwich_in_quantized_pretraining(
     finished_run: Path, make_command, tmp_path: Path, watch: Watch
 ) -> None:
     teacher = finished_run / "pretrain_fp32" / "last.pt"
-    options = ("--pretrain_quant.epochs=1", "--pretrain_quant.distill_weight=0.5", "--pretrain_quant.sandwich=true")
+    options = (
+        "--pretrain_quant.epochs=1",
+        "--pretrain_quant.distill_weight=0.5",
+        "--pretrain_quant.configurations=sandwich",
+    )
     command = make_command("pretrain", tmp_path / "run", "--init", str(teacher), *options)
     stages.run_pretrain(command)
 
@@ -931,3 +935,31 @@ def test_a_policy_may_choose_one_level_for_all_layers(make_command, tmp_path: Pa
     assert set(chosen) <= {round(level, 6) for level in levels}  # as the table writes them
     columns = {len([key for key in image if key.startswith("position_")]) for image in read_images(run)}
     assert columns == {13}  # of the full-precision network; a level fills the first
+
+
+@pytest.mark.slow
+def test_levels_are_trained_under_a_policy_from_the_start_and_serve_any_budget(make_command, tmp_path: Path) -> None:
+    run, names = tmp_path / "levels", ("w2a2", "w3a4", "w6a6")
+    file = tmp_path / "levels.json"
+    file.write_text(json.dumps({"levels": [{"bits": ["w4a4"] + [name] * 46} for name in names]}))
+    options = (
+        "--bits.positions=network", f"--bits.levels={file}", "--reward.name=budget", "--reward.quality=loss",
+        "--reward.target_gbitops=0.03", "--policy.effort=true", "--pretrain_quant.configurations=policy",
+        "--search.start=pretrained", "--search.samples=all", "--search.train_detector=false",
+        "--finetune.budgets=[0.02,0.05]", "--pretrain_fp32.epochs=1",
+    )  # fmt: skip
+    for stage in ("pretrain", "search", "finetune"):
+        getattr(stages, f"run_{stage}")(make_command(stage, run, *options))
+    first, last = (load_checkpoint(run / stage / "last.pt") for stage in ("pretrain_quant", "finetune"))
+    assert set(first["networks"]) == {"detector", "policy"}
+    assert first["networks"]["detector"]["backbone.blocks.3.pointwise.norm.running_mean"].shape[0] == 3
+    costs = {}
+    for budget in ("0.02", "0.05"):
+        stages.run_eval(make_command("eval", run, f"--budget={budget}", *options))
+        report = json.loads((run / "eval" / f"policy_at_{budget}" / "report.json").read_text())
+        costs[budget] = report["rows"][0]["gbitops_total"]
+    assert costs["0.02"] < costs["0.05"]
+    assert last["prices"][0][1] <= 0.02
+    with pytest.raises(InputError, match="a budget of 1 GBitOps: expected 0"):
+        stages.run_eval(make_command("eval", run, "--budget=1", *options))
+    stages.run_eval(make_command("eval", run, "--bits=uniform:level2", *options))
