@@ -170,6 +170,7 @@ class SwitchableSSD(nn.Module):
 
     `layers_at` names the layers with the same choice at each of the L positions, in the order of the columns of bit
     configurations: one layer at each, or all layers at the only position `network`. `positions` are its keys.
+    `layer_names` are all layers in the order in which levels list their bits.
 
     Args:
         classes: C, background included.
@@ -248,6 +249,7 @@ class SwitchableSSD(nn.Module):
             nn.init.xavier_uniform_(head.weight)
         controlled = {layer for group in GROUPS_OF[bits.positions] for layer in layers_of[group]}
         names = [name for name, module in self.named_modules() if module in controlled]
+        self.layer_names = tuple(name for name, module in self.named_modules() if isinstance(module, SwitchableConv2d))
         self.layers_at = {"network": names} if bits.positions == "network" else {name: [name] for name in names}
         self.positions = tuple(self.layers_at)
         boxes = default_boxes(image_size, self.map_sizes(), box_sizes)

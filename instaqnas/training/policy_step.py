@@ -193,7 +193,7 @@ def _expected(
     outcomes = [outcome(choice) for choice in choices]
     rewards = torch.stack([found.reward for found in outcomes]).to(logits)  # [K, B]
 
-    def expectation(values: Sequence[Tensor]) -> Tensor:
+    def expectation(values: list[Tensor]) -> Tensor:
         return (probabilities.detach().T * torch.stack(values).to(logits)).sum(0)
 
     measured = {
