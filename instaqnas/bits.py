@@ -25,9 +25,25 @@ OptimizerName = Literal["adamw", "sgd"]
 Augmentation = Literal["ssd", "flips"]
 ImageCache = Literal["none", "ram"]
 Device = Literal["auto", "cpu", "cuda"]
+Script = Literal["pretrain", "search", "finetune", "eval"]  # the entry scripts, without .py
+
+# Ways to choose bits: the values of `--bits`, by which reports, tables and plots name their rows.
+POLICY = "policy"
+FP32 = "fp32"
+RANDOM = "random"
+SHUFFLED = "shuffled"
+FREQUENCIES = "frequencies"
+MODAL = "modal"
+STATIC = "static"
+UNIFORM = "uniform"  # followed by the choice, see `uniform_name`
 
 
 def choice_name(choice: BitChoice) -> str:
     """`w3a4` for 3-bit weights and 4-bit activations."""
     weight_bits, activation_bits = choice
     return f"w{weight_bits}a{activation_bits}"
+
+
+def uniform_name(choice: BitChoice) -> str:
+    """`uniform:w3a4`: the same choice at all positions."""
+    return f"{UNIFORM}:{choice_name(choice)}"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from instaqnas.bits import choice_name
+from instaqnas.bits import choice_name, uniform_name
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
@@ -203,7 +203,7 @@ def _load_detector(
     experiment = baselines.experiment
     names = [choice_name(bits) for bits in experiment.config.bits.choices]
     if checkpoint is None:
-        bits = f"uniform:{names[choice]}"
+        bits = uniform_name(experiment.config.bits.choices[choice])
         if not best_checkpoint(baselines.command.run, fixed_stage(bits)).exists():
             raise InputError(
                 f"{baselines.command.run}: no detector trained under {bits}; run finetune.py --bits {bits} first, or "
