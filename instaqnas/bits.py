@@ -29,6 +29,17 @@ OptimizerName = Literal["adamw", "sgd"]
 Augmentation = Literal["ssd", "flips"]
 ImageCache = Literal["none", "ram"]
 Device = Literal["auto", "cpu", "cuda"]
+Script = Literal["pretrain", "search", "finetune", "eval"]  # the entry scripts, without .py
+
+# Ways to choose bits: the values of `--bits`, by which reports, tables and plots name their rows.
+POLICY = "policy"
+FP32 = "fp32"
+RANDOM = "random"
+SHUFFLED = "shuffled"
+FREQUENCIES = "frequencies"
+MODAL = "modal"
+STATIC = "static"
+UNIFORM = "uniform"  # followed by the choice, see `uniform_name`
 
 
 def choice_names(choices: Sequence[BitChoice], levels: Sequence[Sequence[BitChoice]] | None) -> list[str]:
@@ -53,3 +64,8 @@ def parse_choice(name: str) -> BitChoice:
     if found is None:
         raise ValueError(f"expected a name such as w3a4, got {name}")
     return int(found[1]), int(found[2])
+
+
+def uniform_name(choice: str) -> str:
+    """`uniform:w3a4`: the choice of this name at all positions."""
+    return f"{UNIFORM}:{choice}"

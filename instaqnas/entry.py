@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from instaqnas.bits import Script
 from instaqnas.config.command import parse_command
 from instaqnas.errors import exit_on_input_error
 
 
-def main(stage: str) -> None:
+def main(stage: Script) -> None:
     """Runs a stage (pretrain, search, finetune or eval) as the command line of this process says.
 
     Wrong input and an interruption by Ctrl-C end the process with one line on standard error. Exit status: see

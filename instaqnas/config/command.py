@@ -8,32 +8,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from instaqnas.bits import (
+    FP32,
+    FREQUENCIES,
+    MODAL,
+    POLICY,
+    RANDOM,
+    SHUFFLED,
+    STATIC,
+    Script,
+    uniform_name,
+)
 from instaqnas.config.reading import SettingParser, did_you_mean, read_yaml
 from instaqnas.config.settings import Config
 from instaqnas.errors import InputError
 
-_STAGES = {
+_STAGES: dict[Script, str] = {
     "pretrain": "Trains the detector in full precision, then quantized under random bit configurations.",
     "search": "Trains the policy, and the detector under the configurations sampled from it.",
     "finetune": "Trains the detector under the frozen, greedy policy, or under one fixed bit configuration.",
     "eval": "Reports detection quality and cost on the test split.",
 }
-_INIT_TEXT = {
+_INIT_TEXT: dict[Script, str] = {
     "pretrain": "skip the full-precision training and quantize the detector of this checkpoint",
     "search": "start from this checkpoint, not from the pretrained one of the run",
     "finetune": "start from this checkpoint, not from the searched one of the run (fixed --bits: the pretrained one)",
     "eval": "evaluate this checkpoint, not the one of the run's latest stage",
 }
-SEVERAL_BITS = ("basic", "all")  # tables of eval.py: without and with the baselines that take a search of their own
-_BITS = {  # ways to choose bits in a stage, in addition to `uniform:w3a4` and so on
-    "finetune": ("policy", "static", "modal"),
-    "eval": ("policy", "fp32", "random", "shuffled", "frequencies", "modal", "static", *SEVERAL_BITS),
+BASIC_ROWS, ALL_ROWS = "basic", "all"  # tables of eval.py: without and with the baselines of the policy
+SEVERAL_BITS = (BASIC_ROWS, ALL_ROWS)
+_BITS: dict[Script, tuple[str, ...]] = {  # ways to choose bits in a stage, in addition to `uniform:w3a4` and so on
+    "finetune": (POLICY, STATIC, MODAL),
+    "eval": (POLICY, FP32, RANDOM, SHUFFLED, FREQUENCIES, MODAL, STATIC, *SEVERAL_BITS),
 }
 
 
-def known_bits(stage: str, names: Sequence[str]) -> list[str]:
+def known_bits(stage: Script, names: Sequence[str]) -> list[str]:
     """Returns the values of `--bits` in finetune or eval; each of the choices adds one, such as `uniform:w3a4`."""
-    return [*_BITS[stage], *(f"uniform:{name}" for name in names)]
+    return [*_BITS[stage], *(uniform_name(name) for name in names)]
 
 
 @dataclass(frozen=True)
@@ -54,11 +66,11 @@ class Command:
     run: Path
     init: Path | None = None
     restart: bool = False
-    bits: str = "policy"
+    bits: str = POLICY
     budget: float | None = None
 
 
-def parse_command(stage: str, argv: list[str] | None = None) -> Command:
+def parse_command(stage: Script, argv: list[str] | None = None) -> Command:
     """Returns the command for `stage` (pretrain, search, finetune or eval) from `argv` (default: the process's own).
 
     Settings come from the YAML file, then from options such as `--search.epochs 3`; `--help` prints them and exits.
@@ -89,7 +101,7 @@ def parse_command(stage: str, argv: list[str] | None = None) -> Command:
         run=options.run or Path("runs") / options.config.stem,
         init=options.init,
         restart=getattr(options, "restart", False),  # eval has no such option
-        bits=getattr(options, "bits", "policy"),  # nor do pretrain and search have this one
+        bits=getattr(options, "bits", POLICY),  # nor do pretrain and search have this one
         budget=getattr(options, "budget", None),
     )
 
@@ -101,7 +113,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def _stage_parser(stage: str, settings: SettingParser) -> argparse.ArgumentParser:
+def _stage_parser(stage: Script, settings: SettingParser) -> argparse.ArgumentParser:
     """Returns the parser of the options that are not settings.
 
     It is apart from `settings` because jsonargparse cannot have both `--bits` and `--bits.choices`.
@@ -120,9 +132,9 @@ def _stage_parser(stage: str, settings: SettingParser) -> argparse.ArgumentParse
     if stage in _BITS:
         parser.add_argument(
             "--bits",
-            default="policy",
+            default=POLICY,
             help=f"how bits are chosen: {', '.join(_BITS[stage])} or uniform:w3a4 (any of bits.choices); default: "
-            "policy. Not to be confused with the settings --bits.choices and so on",
+            f"{POLICY}. Not to be confused with the settings --bits.choices and so on",
         )
     if stage == "eval":
         parser.add_argument(

@@ -29,7 +29,7 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
-    """Returns the config of nested dictionaries as `to_plain` makes them; keys left out take their defaults.
+    """Returns the config from nested dictionaries, the inverse of `to_plain`; missing keys get their defaults.
 
     Raises:
         InputError: an unknown key, a value of the wrong type or outside its range; the message names the dotted key.
@@ -158,7 +158,12 @@ _TYPE_TEXTS = {
 
 @dataclass(frozen=True)
 class _Setting:
-    """A field of a section: its type, its default (None without one) and its text in the docstring of the section."""
+    """One setting, from a field of a config dataclass.
+
+    type: annotation of the field.
+    default: default value; None if the setting is required.
+    text: description for `--help`, from the docstring of the dataclass.
+    """
 
     type: Any
     default: Any
@@ -223,10 +228,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class SettingParser(jsonargparse.ArgumentParser):
-    """Converts YAML values and command-line options to the types of the settings.
+    """Parser of all settings, from YAML (`read`) and from options such as `--search.epochs 3` (`parse_args`).
 
-    jsonargparse's own `add_class_arguments` is not used, because it also takes a file for a section (`--search FILE`),
-    dotted keys in YAML, anything that is not a dictionary for a section, and None for a setting of any type.
+    `build` then makes the `Config`. jsonargparse's `add_class_arguments` is not used because it is too permissive: it
+    accepts a file for a section (`--search FILE`), dotted keys in YAML, a scalar for a section, and None for any type.
     """
 
     def __init__(self) -> None:
@@ -242,7 +247,7 @@ class SettingParser(jsonargparse.ArgumentParser):
             groups[section].add_argument(f"--{key}", type=accepted, default=setting.default, help=setting.text)
 
     def read(self, plain: dict[str, Any]) -> jsonargparse.Namespace:
-        """Returns the settings of nested dictionaries, in their types; settings left out have their defaults.
+        """Returns the settings in nested dictionaries, converted to their types; missing settings get their defaults.
 
         Raises:
             InputError: an unknown key or a value of the wrong type; the message names the dotted key.

@@ -7,7 +7,7 @@ and configuration errors answer at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from instaqnas.bits import (
     Amp,
@@ -439,13 +439,9 @@ class Config:
 
 
 def _check_trainings(config: Config) -> None:
-    trainings: dict[str, TrainConfig] = {
-        "pretrain_fp32": config.pretrain_fp32,
-        "pretrain_quant": config.pretrain_quant,
-        "search": config.search,
-        "finetune": config.finetune,
-    }
-    for section, training in trainings.items():
+    for section, training in ((item.name, getattr(config, item.name)) for item in fields(config)):
+        if not isinstance(training, TrainConfig):
+            continue
         epochs, batch = training.epochs, training.batch_size
         if training.warmup_epochs > epochs:
             raise unexpected(f"{section}.warmup_epochs", f"at most {section}.epochs = {epochs}", training.warmup_epochs)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from instaqnas.bits import MODAL, STATIC, uniform_name
 from instaqnas.config.command import Command
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import detector_costs, position_count
@@ -68,12 +69,12 @@ class Baselines:
 
         Raises: InputError if the run lacks the policy or the pretrained network that this needs.
         """
-        if bits == "static":
+        if bits == STATIC:
             return self._static()
-        if bits == "modal":
+        if bits == MODAL:
             return self.statistics.modal
-        names = self.experiment.config.bits.names
-        return [names.index(bits.removeprefix("uniform:"))] * position_count(self.experiment.config.bits.positions)
+        names = [uniform_name(name) for name in self.experiment.config.bits.names]
+        return [names.index(bits)] * position_count(self.experiment.config.bits.positions)
 
     def names(self, configuration: Sequence[int]) -> list[str]:
         """Name of the choice at every position, such as w3a4."""

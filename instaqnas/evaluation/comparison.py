@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 
-from instaqnas.config.command import Command
+from instaqnas.bits import FP32, FREQUENCIES, MODAL, POLICY, RANDOM, SHUFFLED, STATIC, uniform_name
+from instaqnas.config.command import BASIC_ROWS, Command
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import DetectorBits, detector_costs
 from instaqnas.errors import InputError
@@ -43,12 +44,12 @@ SEARCH_METRICS = ("reward/", "quality/", "policy/multiplier")  # of the search, 
 
 def row_names(command: Command) -> list[str]:
     """The ways to choose bits of `--bits basic` or `all` that the run has networks for; notes name the others."""
-    names = [*(f"uniform:{name}" for name in command.config.bits.names), "random"]
+    names = [*(uniform_name(name) for name in command.config.bits.names), RANDOM]
     if best_checkpoint(command.run, PRETRAIN_FP32).exists():
-        names.insert(0, "fp32")
+        names.insert(0, FP32)
     else:
-        log.info("note: no row fp32, %s has no full-precision training", command.run)
-    of_policy = ["policy"] if command.bits == "basic" else ["shuffled", "frequencies", "modal", "static", "policy"]
+        log.info("note: no row %s, %s has no full-precision training", FP32, command.run)
+    of_policy = [POLICY] if command.bits == BASIC_ROWS else [SHUFFLED, FREQUENCIES, MODAL, STATIC, POLICY]
     if has_policy(command.run):
         names += of_policy
     else:
@@ -66,9 +67,9 @@ def row_source(baselines: Baselines, name: str) -> Checkpoint:
         checkpoint = finished_checkpoint(command.run, stage, fixed_config(config), f"finetune.py --bits {name}")
         _check_configuration(checkpoint, baselines, name)
         return checkpoint
-    if name == "fp32":
+    if name == FP32:
         return finished_checkpoint(command.run, PRETRAIN_FP32, config)
-    if name in ("policy", "shuffled", "frequencies", "modal"):
+    if name in (POLICY, SHUFFLED, FREQUENCIES, MODAL):
         return baselines.policy_source
     return baselines.pretrained
 
@@ -85,21 +86,21 @@ def measured_row(baselines: Baselines, name: str, source: Checkpoint, loader: De
     Raises: InputError if the checkpoint is of another config.
     """
     experiment = baselines.experiment
-    if name == "fp32":
+    if name == FP32:
         detector = experiment.detector(DetectorBits.full_precision())
         source.load(experiment, detector, "detector", FULL_PRECISION_KINDS)
         report = evaluate(experiment, detector, loader, experiment.choose_fixed(detector))
         return ReportRow(name, source.path, detector.choice_names, report, source.further_epochs)
-    if name == "policy":
+    if name == POLICY:
         return _policy_row(baselines, source, loader)
     detector = experiment.quantized_detector()
     source.load(experiment, detector, "detector", QUANTIZED_KINDS)
-    if name == "random":
+    if name == RANDOM:
         choose = experiment.choose_random("eval")
-    elif name == "shuffled":
-        choose = handed_out(baselines.statistics.choices, experiment.draw("shuffled"))
-    elif name == "frequencies":
-        choose = with_frequencies(baselines.statistics.frequencies, experiment.draw("frequencies"))
+    elif name == SHUFFLED:
+        choose = handed_out(baselines.statistics.choices, experiment.draw(SHUFFLED))
+    elif name == FREQUENCIES:
+        choose = with_frequencies(baselines.statistics.frequencies, experiment.draw(FREQUENCIES))
     else:
         choose = fixed(baselines.configuration(name))
     report = evaluate(experiment, detector, loader, choose)
@@ -125,7 +126,7 @@ def _policy_row(baselines: Baselines, source: Checkpoint, loader: DetectionLoade
     )
     diagnosis.log_collapse("the test split")
     found = _search_metrics(baselines.command)
-    return ReportRow("policy", source.path, detector.choice_names, report, source.further_epochs, diagnosis, found)
+    return ReportRow(POLICY, source.path, detector.choice_names, report, source.further_epochs, diagnosis, found)
 
 
 def _search_metrics(command: Command) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""From the outputs of a detector to detections, and to the quality of each image."""
+"""Post-processing of detector outputs, and detection quality of each image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from instaqnas.quant.affine import Affine
 
 
 def detections_of(detector: SwitchableSSD, output: SSDOutput, settings: EvalConfig) -> Detections:
-    """Detections in the raw outputs of `detector`, in pixels of its input."""
+    """Decodes the raw outputs of `detector` into detections, with boxes in pixels of its input."""
     return postprocess(
         output.box_offsets,
         output.class_logits,
@@ -32,14 +32,14 @@ def detections_of(detector: SwitchableSSD, output: SSDOutput, settings: EvalConf
 def detect(
     detector: SwitchableSSD, images: Tensor, choices: Tensor, settings: EvalConfig, stem: Affine | None = None
 ) -> Detections:
-    """Detections in RGB images under one bit configuration each.
+    """Detects objects in RGB images, each at its own bit configuration.
 
     Args:
         detector: in eval mode.
         images: [B, 3, S, S], 0 to 255.
         choices: bit configurations [B, L].
         settings: of post-processing.
-        stem: output of a frozen stem for these images, if a policy has used it already.
+        stem: output of the frozen stem for these images, if already computed for the policy.
     """
     return detections_of(detector, detector(images, choices, stem), settings)
 

@@ -12,6 +12,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from instaqnas.bits import FP32, FREQUENCIES, MODAL, POLICY, RANDOM, SHUFFLED, STATIC
 from instaqnas.evaluation.measure import EvalReport
 from instaqnas.evaluation.survey import Diagnosis
 from instaqnas.experiment.run_dir import versions
@@ -19,15 +20,16 @@ from instaqnas.files import write_text
 
 # Matplotlib's names of the colours of rows, the same in every plot.
 COLOURS = {
-    "fp32": "grey",
-    "random": "C1",
-    "frequencies": "C2",
-    "policy": "C3",
-    "modal": "C4",
-    "static": "C5",
-    "shuffled": "C6",
+    FP32: "grey",
+    RANDOM: "C1",
+    FREQUENCIES: "C2",
+    POLICY: "C3",
+    MODAL: "C4",
+    STATIC: "C5",
+    SHUFFLED: "C6",
 }
-OTHER_COLOURS = ("C0", "C9", "C8", "C7", "black", "gold", "navy", "lime")  # bits.choices has eight at most
+UNIFORM_COLOURS = ("C0", "C9", "C8", "C7", "black", "gold", "navy", "lime")  # bits.choices has eight at most
+REPORT_FILE = "report.json"
 RUN_MARKERS, RUN_LINES = "o^sDvPX<>", ("--", ":", "-.")
 ROW_KEYS = (
     "map_11pt",
@@ -92,7 +94,7 @@ def write_report(folder: Path, rows: Sequence[ReportRow], config: dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     plain = [row.plain() for row in rows]
     content = {"rows": plain, "config": config, "versions": versions(), "seed": config["seed"]}
-    write_text(folder / "report.json", json.dumps(_finite(content), indent=1) + "\n")
+    write_text(folder / REPORT_FILE, json.dumps(_finite(content), indent=1) + "\n")
     _write_per_image(folder / "per_image.csv", rows)
     plot_pareto(folder / "pareto.png", plain)
 
@@ -141,10 +143,10 @@ def plot_pareto(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     others = dict.fromkeys(row["bits"] for row in rows if row["bits"] not in COLOURS)
-    colours = COLOURS | dict(zip(others, cycle(OTHER_COLOURS)))
+    colours = COLOURS | dict(zip(others, cycle(UNIFORM_COLOURS)))
     for row in rows:
         label, colour, run = row.get("label", row["bits"]), colours[row["bits"]], row.get("run", 0)
-        if row["bits"] == "fp32":
+        if row["bits"] == FP32:
             axes.axhline(
                 100 * row["map_11pt"],
                 color=colour,

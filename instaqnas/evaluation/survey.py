@@ -1,4 +1,4 @@
-"""Runs a policy on all images of a split, and sums up its choices: entropy, frequencies, relation to difficulty."""
+"""Runs a policy on all images of a split and summarises its choices: entropy, frequencies, rank correlations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Survey:
-    """Logits of a policy, and properties that may make an image hard, for N images in the order of their data set.
+    """Logits of a policy and difficulty measures of N images, in the order of the data set.
 
     Args:
         logits: of the policy in eval mode, [N, L, K], on the CPU.
@@ -49,9 +49,9 @@ def survey(policy: PolicyNet, detector: SwitchableSSD, loader: DetectionLoader, 
     """Runs `policy` in eval mode on every image of `loader`; every process gets all images.
 
     Args:
-        policy: is left in the mode it was in.
-        detector: computes the input of the policy, nothing more.
-        loader: images in order; the shares of this process.
+        policy: its training mode is restored.
+        detector: only computes the input of the policy.
+        loader: images in order; this process's share of each batch.
         device: of policy and detector.
     """
     was_training = policy.training
@@ -81,13 +81,13 @@ class Diagnosis:
         images: N.
         entropy: of each of L positions in nats, see `instaqnas.policy.diagnostics`.
         mutual_information: of each of L positions in nats, likewise.
-        frequencies: share of each choice among the most likely ones, [L][K].
+        frequencies: fraction of images whose most likely choice is k, [L][K].
         modal: the most frequent configuration.
         distinct: number of different configurations.
         rank_correlation: of an image's GBitOps with its `difficulty`, its number of `objects`, and the negative of its
             `smallest_side`; NaN if one of them is unknown or constant.
         gbitops: mean, policy included.
-        target_gbitops: mean that the reward aims at; None if it has no target.
+        target_gbitops: target of the reward `budget`, else None.
     """
 
     images: int
@@ -132,7 +132,7 @@ class Diagnosis:
         }
 
     def scalars(self) -> dict[str, float]:
-        """Figures over all positions by name, without unknown ones."""
+        """Figures over all positions by name; NaN values are left out."""
         found = {
             "entropy": self.mean_entropy,
             "mutual_information": self.mean_mutual_information,
@@ -155,12 +155,12 @@ class Diagnosis:
 
 
 def diagnose(found: Survey, costs: CostTable, policy_gbitops: float, target_gbitops: float | None) -> Diagnosis:
-    """Sums up a survey.
+    """Summarises a survey.
 
     Args:
         found: the survey.
         costs: GBitOps of the detector's configurations.
-        policy_gbitops: GBitOps of one decision.
+        policy_gbitops: GBitOps of the policy per image.
         target_gbitops: see `Diagnosis`.
     """
     probabilities, choices = found.logits.double().softmax(-1), found.logits.argmax(-1)

@@ -67,12 +67,10 @@ def check_batches(experiment: Experiment, stages: Sequence[Stage]) -> None:
             _check_batch(experiment, key, settings.batch_size, settings.accumulate, "detector")
             _check_batch_norm(experiment, detector, key, settings.batch_size, settings.accumulate)
         if stage is SEARCH:
-            size = experiment.config.search.policy_batch_size
-            _check_batch(experiment, "search.policy_batch_size", size, 1, "policy")
+            key, size = f"{stage.section}.policy_batch_size", experiment.config.search.policy_batch_size
+            _check_batch(experiment, key, size, 1, "policy")
             if min(size, len(experiment.train_indices("policy"))) < 2:
-                raise InputError(
-                    "search.policy_batch_size: BatchNorm of the policy needs two images or more in a batch, got 1"
-                )
+                raise InputError(f"{key}: BatchNorm of the policy needs two images or more in a batch, got 1")
 
 
 def _check_batch(experiment: Experiment, key: str, batch_size: int, parts: int, part: TrainPart) -> None:

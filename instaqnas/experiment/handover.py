@@ -30,6 +30,8 @@ from instaqnas.policy.budget import PricePoint, price_of
 from instaqnas.policy.network import PolicyNet
 from instaqnas.quant.bitops import CostTable
 
+LAST_FILE, BEST_FILE = "last.pt", "best.pt"  # checkpoints in the folder of a stage
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -134,7 +136,7 @@ class Checkpoint:
 
         Baselines are trained as long as the adaptive detector, so both must be known to agree.
         """
-        searched = self.state.get("config", {}).get("search", {}).get("train_detector", True)
+        searched = self.state.get("config", {}).get(SEARCH.section, {}).get("train_detector", True)
         if searched != config.search.train_detector:
             raise InputError(
                 f"search.train_detector: {str(searched).lower()} in the search of {self.path}, here "
@@ -153,8 +155,8 @@ def best_checkpoint(run: Path, stage: Stage) -> Path:
 
     A search writes no best checkpoint: the highest mAP would belong to an early policy that has not met its budget.
     """
-    best = run / stage.name / "best.pt"
-    return best if best.exists() else run / stage.name / "last.pt"
+    best = run / stage.name / BEST_FILE
+    return best if best.exists() else run / stage.name / LAST_FILE
 
 
 def finished_checkpoint(run: Path, stage: Stage, config: Config, command: str = "") -> Checkpoint:
@@ -173,7 +175,7 @@ def finished_checkpoint(run: Path, stage: Stage, config: Config, command: str = 
     if not path.exists():
         raise InputError(f"{folder}: no checkpoint; run {script} first, or name a checkpoint with --init")
     checkpoint = Checkpoint.read(path)
-    last = folder / "last.pt"
+    last = folder / LAST_FILE
     epoch = checkpoint.state["epoch"] if path == last else load_checkpoint(last)["epoch"]
     epochs = stage.settings(config).epochs
     if epoch < epochs:

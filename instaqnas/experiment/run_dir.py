@@ -33,7 +33,7 @@ from instaqnas import distributed
 from instaqnas.checkpoint import save_checkpoint
 from instaqnas.config.reading import completed, differences
 from instaqnas.errors import InputError
-from instaqnas.experiment.handover import Checkpoint
+from instaqnas.experiment.handover import BEST_FILE, LAST_FILE, Checkpoint
 from instaqnas.experiment.parts import Experiment
 from instaqnas.experiment.stage import Stage
 from instaqnas.files import file_digest, lock_folder, write_text
@@ -154,7 +154,7 @@ class RunDir:
     @property
     def last(self) -> Path:
         """Path of the last checkpoint."""
-        return self.path / "last.pt"
+        return self.path / LAST_FILE
 
     @property
     def has_begun(self) -> bool:
@@ -190,7 +190,7 @@ class RunDir:
             for old in sorted(self.path.glob("epoch_*.pt"))[:-keep]:
                 old.unlink()
         if best:
-            save_checkpoint(self.path / "best.pt", state)
+            save_checkpoint(self.path / BEST_FILE, state)
         save_checkpoint(self.last, state)
 
     def open_tensorboard(self, step: int) -> None:

@@ -23,14 +23,16 @@ def image_quality(
 ) -> Tensor:
     """Quality of the detections of each image: float32 [B] in [0, 1].
 
-    Detections are matched by `match_detections`, whose shapes the arguments have. A detection of a class that is not in
-    the image is a false positive; difficult objects, and detections matched with them, do not count. If no object
-    counts, the quality is 1 without any detection that counts, else 0. Objects without detections give 0.
+    Difficult objects, and detections matched with them, are ignored. A detection of a class that is not in the image is
+    a false positive. If all objects are ignored or there are none, the quality is 1 if no detection remains, else 0.
+    An image with objects but no detections has quality 0.
 
     Args:
         kind: `precision`, true positives / detections; `recall`, true positives / objects; `f1`, their harmonic mean;
             `ap`, all-point average precision of the image over the pooled detections of all classes.
-        score_threshold: detections with a lower score do not count.
+        det_boxes_xyxy, det_scores, det_labels: [B, D, 4], [B, D] and int64 [B, D]; label 0 is padding.
+        gt_boxes_xyxy, gt_labels, gt_difficult: [B, N, 4], int64 [B, N] and bool [B, N]; label 0 is padding.
+        score_threshold: detections with a lower score are ignored.
         iou_threshold: lowest IoU of a match.
 
     Raises:

@@ -13,7 +13,7 @@ VOC_IOU_THRESHOLD = 0.5
 
 
 class Matches(NamedTuple):
-    """The outcome of each detection. One that is neither padding nor in one of the two masks is a false positive.
+    """Outcome of each detection; a detection in neither mask is a false positive, unless it is padding.
 
     true_positive: bool [B, D].
     ignored: bool [B, D], matched with a difficult object: neither a true nor a false positive.
@@ -34,9 +34,9 @@ def match_detections(
 ) -> Matches:
     """Matches detections one-to-one with objects of the same class and image.
 
-    Each detection considers only the object with which it has the highest IoU (of equals the first), difficult objects
-    included. If the IoU reaches the threshold and the object is difficult, the detection is ignored. Of the detections
-    that consider the same other object, the one with the highest score (of equals the first) is the true positive.
+    Each detection is assigned to the object with the highest IoU, difficult objects included, if that IoU reaches the
+    threshold. A detection assigned to a difficult object is ignored. Of the detections assigned to any other object,
+    the one with the highest score is the true positive. Ties go to the first object or detection.
 
     Args:
         det_boxes_xyxy: [B, D, 4], in any order.

@@ -1,9 +1,9 @@
-"""Feature maps whose scale and shift are not applied yet.
+"""Feature maps with a pending scale and shift.
 
-A quantized convolution gives integer sums. Its step sizes and BatchNorm come to one scale and one shift per image and
-channel. The quantizer of the next layer would divide the result by its own step size, and clipping at its lowest level,
-0, is the ReLU. So a layer hands on an `Affine`, and the next quantizer does all of it in one multiply-add
-(`fused.clip_round`). A reader that needs the map itself calls `value()`.
+A quantized convolution produces integer sums. Its step sizes and BatchNorm fold into one scale and one shift per image
+and channel. The next quantizer divides by its own step size and clips at its lowest level, 0, which is the ReLU. So a
+layer returns an `Affine`, and the next quantizer applies everything in one multiply-add (`fused.clip_round`).
+`value()` computes the feature map itself.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 class Affine(NamedTuple):
-    """The feature map `scale * y + shift` before its ReLU, not computed yet.
+    """The feature map `scale * y + shift`, before the ReLU, with scale and shift still to be applied.
 
     y: [B, C, H, W].
     scale, shift: [B, C], [1, C], [B, 1] or [1, 1]; both None for 1 and 0.
-    known_finite: `y` holds sums of bytes, so a NaN can only be in scale or shift. Readers that make bytes of any other
-        `y` have to look for one (`byte_conv.all_finite`).
+    known_finite: whether `y` is finite by construction (sums of bytes). Any other `y` must be checked with
+        `byte_conv.all_finite` before it is converted to bytes.
     """
 
     y: Tensor
@@ -48,7 +48,7 @@ def as_affine(x: Affine | Tensor) -> Affine:
 
 
 def of_images(table: Tensor, choice: Tensor | None, images: int) -> Tensor:
-    """The row of each image, [B, ...], from a table [K, ...] with one row per bit choice.
+    """Rows [B, ...] of a per-choice table [K, ...], gathered by the choice of each image.
 
     Args:
         table: [K, ...]; [1, ...] if `choice` is None.

@@ -25,10 +25,10 @@ R_MAX, D_MAX = 3.0, 5.0  # limits of batch renormalization at the end of its sch
 class PerChoiceBatchNorm(nn.Module):
     """BatchNorm with its own parameters and statistics for each of K choices.
 
-    Batch statistics of a choice are taken over its images in all processes that train together.
+    Batch statistics of a choice are computed over its images on all processes.
 
-    The input is `factor * y`: integer sums, and the product of their step sizes, which is not multiplied in yet. Scale
-    and shift of the returned `Affine` include the factor.
+    The input is `factor * y`, where `y` are integer sums and `factor` is the product of their step sizes. The factor is
+    folded into the scale and shift of the returned `Affine`.
 
     With `renormalize` set, training normalises by the running statistics, as evaluation does, but with the gradients of
     batch statistics (batch renormalization: Ioffe, NeurIPS 2017). Plain batch statistics are poor where a choice has

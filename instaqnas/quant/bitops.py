@@ -1,8 +1,7 @@
 """MACs of every layer, and the GBitOps of bit configurations.
 
 GBitOps = sum over layers of MACs x weight bits x activation bits / 1e9. MACs are measured once, by sending one image
-through the network; the cost of a configuration is then a sum over a table. Additions, pooling, BatchNorm and
-quantization itself are not counted, as is usual.
+through the network; the cost of a configuration is then a sum over a table. As usual, only convolutions are counted.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ class LayerCost:
 
     name: its name in the network.
     macs: multiply-accumulates per image.
-    params: learned numbers, with step sizes and BatchNorm.
-    weights: numbers in the weight of one choice.
+    params: number of parameters, including step sizes and BatchNorm.
+    weights: number of elements in the weight of one choice.
     choices: its K bit choices.
     """
 
@@ -42,7 +41,7 @@ class LayerCost:
         return self.macs * weight_bits * activation_bits
 
     def weight_bytes(self, choice: int = 0) -> int:
-        """Bytes of the weight at choice k = `choice`, packed without gaps."""
+        """Bytes of the bit-packed weight at choice k = `choice`."""
         return (self.weights * self.choices[choice][0] + 7) // 8
 
 
@@ -50,7 +49,7 @@ class LayerCost:
 def measure_layers(network: nn.Module, forward: Callable[[], object]) -> list[LayerCost]:
     """Costs of all convolutions of `network`, in the order in which they run.
 
-    `forward()` sends one image through the network; the network is in evaluation mode meanwhile.
+    `forward()` sends one image through the network, which is in evaluation mode during the call.
     """
     names = {module: name for name, module in network.named_modules() if isinstance(module, SwitchableConv2d)}
     layers: list[LayerCost] = []
@@ -77,9 +76,9 @@ class CostTable:
     """GBitOps of any bit configuration of one network.
 
     Args:
-        layers: all its convolutions.
-        positions: names of the layers with the same choice at each of the L positions, by the name of the position, in
-            the order of the columns of `choices`.
+        layers: costs of all convolutions.
+        positions: for each of the L positions, in the order of the columns of `choices`: its name, and the names of the
+            layers that share its choice.
 
     Attributes:
         table: bit operations [L, K] of each choice at each position, int64.
@@ -98,7 +97,7 @@ class CostTable:
         self.table = torch.tensor(rows, dtype=torch.int64)  # integers: sums stay exact
 
     def gbitops(self, choices: Tensor) -> Tensor:
-        """GBitOps per image [B], float64 on the CPU, of bit configurations `choices` [B, L]."""
+        """GBitOps [B], float64 on the CPU, of the bit configurations `choices` [B, L]."""
         picked = self.table.gather(1, choices.cpu().T)  # [L, B]
         return (self.fixed + picked.sum(0)).double() / 1e9
 

@@ -2,7 +2,7 @@
 
 Levels of a quantized input behind a ReLU are whole numbers from 0 to 255. On a CPU, layers keep them as bytes: a
 quarter of the memory for the backward pass. CPUs with 8-bit dot products also multiply bytes several times faster than
-float32, and oneDNN's sums are the same whole numbers as long as float32 holds them (below 2^24).
+float32; oneDNN's sums are exact as long as float32 holds them (below 2^24).
 
 - `keeps_bytes`: whether a layer stores the levels of its input as bytes.
 - `uses_bytes`: whether it also multiplies bytes (`ByteConv2d`), rather than converting them to float32 first.
@@ -31,14 +31,14 @@ _bytes_are_used = True  # changed by `in_floating_point`
 
 
 class ByteConv2d:
-    """Convolution of bytes with a weight of whole numbers, exact; needs `has_byte_products`.
+    """Exact convolution of uint8 inputs with an integer weight; requires `has_byte_products`.
 
-    A weight beyond 8 bits is split into two bytes, and costs two convolutions.
+    A weight of more than 8 bits is split into two int8 weights and takes two convolutions.
 
     Args:
         weight: [out, in / groups, kh, kw], whole numbers of up to 13 bits.
         stride, padding, groups: as in `torch.nn.Conv2d`.
-        zero: the byte that stands for 0; it is also the padding.
+        zero: zero-point of the input, which is also the padding value.
     """
 
     def __init__(self, weight: Tensor, *, stride: int, padding: int, groups: int, zero: int = 0) -> None:
@@ -80,7 +80,7 @@ class ByteConv2d:
 
 
 def keeps_bytes(y: Tensor) -> bool:
-    """Whether a layer keeps levels from 0 to 255 of the map `y` as bytes: in float32 on a CPU."""
+    """Whether a layer stores levels from 0 to 255 as bytes: if the feature map `y` is float32 on a CPU."""
     plain = y.device.type == "cpu" and y.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return plain and _bytes_are_used
 
@@ -92,7 +92,7 @@ def uses_bytes() -> bool:
 
 @contextlib.contextmanager
 def in_floating_point() -> Iterator[None]:
-    """Makes fake-quantized layers keep and multiply levels in floating point, for comparison with bytes."""
+    """Disables bytes: fake-quantized layers store and multiply levels in floating point within the context."""
     global _bytes_are_used
     _bytes_are_used = False
     try:
@@ -116,8 +116,8 @@ def has_byte_products() -> bool:
 def all_finite(*tensors: Tensor) -> Tensor:
     """Whether all elements of `tensors` are finite, a bool scalar on their device.
 
-    A sum shows every NaN and infinity in one pass over memory, whatever the layout; `isfinite` takes several. It also
-    shows a sum of finite values beyond the range of their type, far above all values that have a level of their own.
+    Computed from sums, which takes one pass over memory for any layout; `isfinite` takes several. Finite values whose
+    sum overflows also count as not finite; they are far beyond every quantization grid.
     """
     return torch.stack([tensor.detach().sum().isfinite() for tensor in tensors]).all()
 
@@ -128,7 +128,7 @@ def channels_last_rows(x: Tensor) -> Tensor:
 
 
 def _byte_parts(weight: Tensor) -> list[tuple[Tensor, float]]:
-    """int8 tensors and factors such that `weight` is the sum of tensor * factor."""
+    """Pairs of an int8 tensor and a factor; `weight` is the sum of their products."""
     if weight.dtype == torch.int8:
         return [(weight, 1.0)]
     weight = weight.to(torch.int32)
@@ -143,7 +143,7 @@ def _byte_parts(weight: Tensor) -> list[tuple[Tensor, float]]:
 
 
 def _products_are_exact() -> bool:
-    """Whether every kernel gives exact sums of the largest products and of random ones."""
+    """Whether every kernel is exact for extreme and for random weights and inputs."""
     g = torch.Generator().manual_seed(0)
     for channels, out, size, stride, groups in PROBE_LAYERS:
         padding = size // 2

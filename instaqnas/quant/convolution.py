@@ -1,11 +1,11 @@
-"""Convolution of every image of a batch with the weight of its bit choice, each image computed once.
+"""Convolution of each image of a batch with the weight of its bit choice.
 
-Which way is fastest depends on the device:
+The fastest implementation depends on the device:
 
-- On a CPU, the images of each choice are convolved together, channels-last (`_ChoiceConv2d`). Levels that are kept as
-  bytes are multiplied as bytes where `byte_conv.uses_bytes` says so.
-- On a GPU, and under autocast, every image is convolved with its own copy of its weight (`per_image_conv2d`): sorting
-  images by choice would wait for the device.
+- On a CPU, the images of each choice are convolved together, channels-last (`_ChoiceConv2d`). Levels stored as bytes
+  are also multiplied as bytes if `byte_conv.uses_bytes()`.
+- On a GPU, and under autocast, each image is convolved with its own copy of the weight (`per_image_conv2d`): grouping
+  images by choice would synchronise with the device.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def choice_conv2d(
     """Convolution of image b with `weight[choice[b]]`, [B, out, H', W'].
 
     Args:
-        x: [B, in, H, W]. With `levels` its values are not read; it only receives the gradient of the levels.
+        x: [B, in, H, W]. With `levels`, its values are ignored and it only receives the gradient of the levels.
         weight: [K, out, in / groups, kh, kw].
         choice: [B] indices of the K weights; None where K = 1.
         stride, padding, groups: as in `torch.nn.Conv2d`.
         levels: the input as bytes (`byte_conv.keeps_bytes`), uint8 [B, in, H, W], channels-last; None to convolve `x`.
-        integers: with `levels`, a type that holds the whole numbers of `weight`: int8 or int16.
+        integers: with `levels`, the integer type of the weight: int8 or int16.
     """
     if levels is not None or (x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")):
         return _ChoiceConv2d.apply(x, levels, weight, images_of_choices(choice), integers, stride, padding, groups)
@@ -55,7 +55,7 @@ def choice_conv2d(
 def plain_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
     """`F.conv2d`, but in float32 for maps of one pixel under autocast on a CPU.
 
-    For those, oneDNN's bf16 gradient of a strided 3x3 weight is not even finite (torch 2.14, AVX512-BF16).
+    For such maps, oneDNN's bf16 gradient of a strided 3x3 weight is not finite (torch 2.14, AVX512-BF16).
     """
     if x.device.type == "cpu" and x.shape[2:] == (1, 1) and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
@@ -64,7 +64,7 @@ def plain_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: i
 
 
 def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
-    """Convolution of every image with a weight of its own.
+    """Convolution of each image with its own weight.
 
     Args:
         x: [B, in, H, W].
@@ -87,7 +87,7 @@ def per_image_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, group
 
 
 def images_of_choices(choice: Tensor | None) -> ImagesOfChoices:
-    """Pairs (k, indices of its images) for every choice k that occurs; indices None if all images have choice k.
+    """Pairs (k, indices of its images) for every choice k in the batch; indices are None if all images have choice k.
 
     Args:
         choice: [B]; None for choice 0 throughout.
@@ -137,13 +137,13 @@ def by_choice(
 
 
 def _of(x: Tensor, images: Tensor) -> Tensor:
-    """`x[images]` for a channels-last batch, which the result keeps."""
+    """`x[images]` for a channels-last batch; the result is channels-last too."""
     rows = channels_last_rows(x)
     return rows.flatten(1).index_select(0, images).view(-1, *rows.shape[1:]).permute(0, 3, 1, 2)
 
 
 class _Pick(torch.autograd.Function):
-    """`table[choice]`: [K, ...] -> [B, ...], with its gradient as a matrix product, far faster than a scatter."""
+    """`table[choice]`: [K, ...] -> [B, ...]; its gradient is a matrix product, which is far faster than a scatter."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, choice: Tensor) -> Tensor:

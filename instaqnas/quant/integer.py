@@ -1,12 +1,12 @@
-"""Integer-exact inference: quantized convolutions replaced by ones that compute on integers alone.
+"""Integer inference: replaces quantized convolutions by integer ones with the same results.
 
-Between the quantization of a layer's input and the one rescale of its sums there are only whole numbers: inputs are
-bytes, weights integers of their bit-width, sums 32-bit integers, or float32 that holds the same. Scale and shift of the
-rescale come from the fake-quantized layer in evaluation, applied by the same operations in the same order. So every
-layer gets the same integers as there, as long as float32 holds the sums exactly (below 2^24).
+Inputs are bytes, weights are integers of their bit-width, and sums are 32-bit integers (or float32 of the same value).
+Scale and shift of the sums come from the fake-quantized layer in evaluation mode and are applied by the same operations
+in the same order. Every layer therefore receives the same integers as its fake-quantized counterpart, as long as
+float32 holds the sums exactly (below 2^24).
 
-CPU only. On CPUs with 8-bit dot products the convolutions are oneDNN's, of bytes; on others 32-bit products, which are
-slow. Integers hold no NaN: a network or an input that is not finite is refused.
+CPU only. Convolutions use oneDNN's 8-bit dot products where available, otherwise slow 32-bit products. Integers cannot
+represent NaN: networks and inputs must be finite.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class InputGrid:
 
 
 class IntegerConv2d(nn.Module):
-    """`SwitchableConv2d` in evaluation, computed on integers; called like it.
+    """Integer counterpart of a `SwitchableConv2d` in evaluation mode, with the same call signature.
 
     Args:
         choices: the K bit choices.
@@ -103,7 +103,7 @@ class IntegerConv2d(nn.Module):
         return self.weight.permute(0, 3, 4, 2, 1).flatten(1, 3).to(torch.int32)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leaves out what is made from the weight: packed bytes cannot be copied."""
+        """Leaves out tensors derived from the weight: packed weights cannot be copied."""
         return {name: value for name, value in self.__dict__.items() if name not in ("byte_convs", "taps")}
 
     def forward(self, x: Affine | Tensor, choice: Tensor | None = None) -> Affine:
@@ -118,7 +118,7 @@ class IntegerConv2d(nn.Module):
     def levels(self, x: Affine | Tensor, choice: Tensor | None) -> Tensor:
         """The quantized input [B, in, H, W], channels-last: levels plus `offset`, uint8.
 
-        Raises: ValueError if `x` is not finite. Outputs of integer layers are, and are not checked.
+        Raises: ValueError if `x` is not finite. Outputs of integer layers are finite and not checked.
         """
         x = as_affine(x)
         if not x.known_finite and not all_finite(*(part for part in (x.y, x.scale, x.shift) if part is not None)):
@@ -133,7 +133,7 @@ class IntegerConv2d(nn.Module):
         return clip_round_bytes(x.y, scale.expand(images, channels), shift.expand(images, channels), *ends)
 
     def sums(self, levels: Tensor, choice: Tensor | None) -> Affine:
-        """The convolution of `levels`, not rescaled yet: `y` is float32 from byte products, else int32."""
+        """The convolution of `levels` before the rescale; `y` is float32 with byte products, else int32."""
         images = images_of_choices(choice)
         if has_byte_products():
             y = by_choice([levels], images, lambda part, k: self.byte_convs[k](part))

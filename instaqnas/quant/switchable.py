@@ -1,11 +1,11 @@
-"""A convolution with per-choice BatchNorm that runs every image of a batch at its own bit choice.
+"""A convolution with per-choice BatchNorm that runs each image of a batch at its own bit choice.
 
-`SwitchableConv2d` is the one layer that all networks are built of: with K choices it is a switchable layer, with K = 1
-an ordinary quantized one, and with K = 1 at 32 bits an ordinary full-precision one. Step sizes and BatchNorm exist per
-choice; weights are shared by all choices, separate, or nested.
+All networks are built from `SwitchableConv2d`. With K = 1 it is an ordinary quantized layer, and with K = 1 at 32 bits
+a full-precision layer. Each choice has its own step sizes and BatchNorm; weights are shared by all choices, separate,
+or nested.
 
-A layer hands on an `Affine`, whose scale, shift and ReLU the next layer's quantizer applies. `calibrate` sets the first
-step sizes.
+A layer returns an `Affine`, whose scale, shift and ReLU are applied by the next layer's quantizer. `calibrate`
+initialises the step sizes.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class SwitchableConv2d(nn.Module):
         in_channels, out_channels, kernel_size, stride, groups: as in `torch.nn.Conv2d`; padding keeps the size.
         choices: the K bit choices; with one, `forward` needs no choice.
         batch_norm: BatchNorm per choice, instead of a bias.
-        signed_input: quantize the input as it is; otherwise the layer first applies a ReLU to it.
-        quantizer: how weights and inputs are quantized.
-        weights: one weight `shared` by all choices, a `separate` one for each, or a shared one with `nested` integers,
-            where fewer bits are the top bits of the widest choice (LSQ only).
+        signed_input: quantize signed inputs; otherwise a ReLU is applied to the input first.
+        quantizer: quantization method of weights and inputs.
+        weights: `shared`: one weight for all choices; `separate`: one weight per choice; `nested`: one weight, whose
+            integers at fewer bits are the top bits of the widest choice (LSQ only).
         per_channel: a step size per output channel of the weight (LSQ only).
     """
 
@@ -101,7 +101,7 @@ class SwitchableConv2d(nn.Module):
         return y, _product(None if input_step is None else input_step[:, None], weight_step)
 
     def _sums_of_bytes(self, x: Affine, choice: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`_sums` where all levels are bytes. If the input or the weight is not finite, the step sizes are NaN."""
+        """Like `_sums`, with levels stored as bytes. Step sizes are NaN if the input or the weight is not finite."""
         levels, carrier, input_step = self.input_quantizer.byte_levels(x, choice)
         if uses_bytes() and not torch.is_grad_enabled():
             convolutions, weight_step = self._packed_weight()
@@ -122,15 +122,15 @@ class SwitchableConv2d(nn.Module):
         return y, input_step[:, None] * weight_step
 
     def _quantized_weight(self) -> tuple[Tensor, Tensor]:
-        """Levels and step sizes of the weight; NaN step sizes if it is not finite, for integers hold no NaN."""
+        """Levels and step sizes of the weight; the step sizes are NaN if the weight is not finite."""
         levels, step = self.weight_quantizer(self.weight)
         return levels, torch.where(all_finite(self.weight), step, torch.nan)
 
     def _packed_weight(self) -> PackedWeight:
         """The weight packed for byte products, kept until a parameter changes.
 
-        A change shows in the version of a parameter. Fused optimizers change parameters without a new version, but only
-        after a forward pass with gradients, and that drops the packed weight.
+        Changes are detected by the version counters of the parameters. Fused optimizers do not increment them, but they
+        only run after a forward pass with gradients, which discards the packed weight.
         """
         parameters = (self.weight, *self.weight_quantizer.parameters())
         state = [(parameter, parameter.data_ptr(), parameter._version) for parameter in parameters]
@@ -178,14 +178,13 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def calibrate(network: nn.Module, forward: Callable[[], object]) -> None:
-    """Sets the first step sizes of every layer of `network` from the data that `forward()` sends through it.
+    """Initialises the step sizes of every layer of `network` from the data that `forward()` sends through it.
 
-    A layer is initialised just before it first runs, on inputs that the layers before it have already quantized.
+    Each layer is initialised just before it runs, so its inputs are already quantized by the layers before it.
 
-    The network is in training mode meanwhile: BatchNorm uses batch statistics, because its running statistics belong to
-    a network that is not quantized, or to none. As in a training step, `forward()` also updates the running statistics,
-    with the usual momentum, for choices that have images. They stay updated: evaluation before the first training step
-    uses them, and training continues from them.
+    The network is in training mode during the call: BatchNorm normalises by batch statistics, because its running
+    statistics do not belong to the quantized network. As in a training step, `forward()` updates the running statistics
+    of the choices that have images. The updated statistics are kept for evaluation and for the training that follows.
     """
     layers = [module for module in network.modules() if isinstance(module, SwitchableConv2d)]
     hooks = [layer.register_forward_pre_hook(lambda layer, args: layer.initialize_steps(args[0])) for layer in layers]

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from instaqnas.bits import POLICY
 from instaqnas.config.command import Command, parse_command
 from instaqnas.errors import InputError
 from instaqnas.experiment.parts import Experiment
@@ -73,6 +74,6 @@ def run_command(options: argparse.Namespace, overrides: Sequence[str]) -> Comman
         if value:
             words += [f"--{name}", value]
     command = parse_command("eval", [*words, *overrides])
-    if command.bits != "policy":
+    if command.bits != POLICY:
         raise InputError(f"--bits {command.bits}: here the policy chooses the bits; eval.py compares other ways")
     return command

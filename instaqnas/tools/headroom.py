@@ -1,8 +1,8 @@
 """Estimates the gain from choosing bits per image: `python -m instaqnas.tools.headroom --config FILE --run runs/NAME`.
 
-Two detectors, each trained under one fixed bit configuration, share the images of a split: the first images of an
-order go to the expensive detector, all others to the cheap one. The estimate is optimistic in two ways: neither
-detector has to work with other bits, and some of the orders use annotations that a policy does not have.
+The images of a split are ranked in several orders. The first images of an order are detected by an expensive detector,
+all others by a cheap one; each detector is trained under one fixed bit configuration. The estimate is optimistic in two
+ways: each detector is specialised to one configuration, and some orders use annotations that a policy cannot see.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from instaqnas.bits import uniform_name
 from instaqnas.data.loader import DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.errors import InputError, exit_on_input_error
@@ -91,7 +92,7 @@ class _LoadedDetector(NamedTuple):
 def mixed(
     cheap: Sequence[MeasuredBatch], expensive: Sequence[MeasuredBatch], to_expensive: Iterable[int]
 ) -> list[MeasuredBatch]:
-    """Measurements of a split shared by two detectors.
+    """Combines the measurements of two detectors on one split.
 
     Args:
         cheap, expensive: measurements of the same batches by both detectors.
@@ -113,10 +114,10 @@ def map_11pt(batches: Sequence[MeasuredBatch], class_names: Sequence[str]) -> fl
 
 
 def orders(cheap: Sequence[MeasuredBatch], expensive: Sequence[MeasuredBatch]) -> dict[str, np.ndarray]:
-    """Orders of the N images of a split, images to get more bits first: dataset indices [N], by name.
+    """Orders of the N images of a split, the most demanding images first: dataset indices [N], by name.
 
-    No policy knows the losses. The order by loss saved also profits from chance: it finds the images on which one of
-    two trainings was luckier.
+    A policy cannot see the losses. The order by loss saved also exploits noise: it finds the images on which one of the
+    two trainings happens to be better.
 
     Args:
         cheap, expensive: measurements with the negative loss, summed over the objects of an image, as quality.
@@ -146,7 +147,7 @@ def largest_first(values: np.ndarray) -> np.ndarray:
 def measured_headroom(
     baselines: Baselines, split: str, cheap: Path | None = None, expensive: Path | None = None
 ) -> Headroom:
-    """Runs two detectors on a split, and computes mAP for images shared between them.
+    """Runs two detectors on a split and computes mAP for mixtures of their detections.
 
     Args:
         baselines: of the run.
@@ -202,7 +203,7 @@ def _load_detector(
     experiment = baselines.experiment
     names = experiment.config.bits.names
     if checkpoint is None:
-        bits = f"uniform:{names[choice]}"
+        bits = uniform_name(names[choice])
         if not best_checkpoint(baselines.command.run, fixed_stage(bits)).exists():
             raise InputError(
                 f"{baselines.command.run}: no detector trained under {bits}; run finetune.py --bits {bits} first, or "

@@ -10,6 +10,7 @@ from typing import Any
 
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.evaluation.report import plot_pareto
+from instaqnas.experiment.stage import EVAL
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -59,7 +60,7 @@ def format_rows(rows: Sequence[dict[str, Any]]) -> str:
 def run_name(report: Path) -> str:
     """`A` for A/eval/report.json and A/eval/uniform_w3a4/report.json; elsewhere the name of the file's folder."""
     folder = report.resolve().parent
-    above = [parent for parent in (folder, folder.parent) if parent.name == "eval"]
+    above = [parent for parent in (folder, folder.parent) if parent.name == EVAL.name]
     return above[0].parent.name if above else folder.name
 
 

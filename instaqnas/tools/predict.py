@@ -1,9 +1,9 @@
-"""Runs the policy and detector of a trained run on image files.
+"""Detects objects in images with the policy and detector of a trained run.
 
     python -m instaqnas.tools.predict --config configs/shapes.yaml --run runs/shapes IMAGE... [--out FOLDER]
     python -m instaqnas.tools.predict --packed packed.pt IMAGE...
 
-The second form uses integer arithmetic only, with a file written by `instaqnas.tools.pack`.
+The second form runs integer inference from a file written by `instaqnas.tools.pack`.
 
 Prints one JSON line per image:
 
@@ -12,7 +12,7 @@ Prints one JSON line per image:
     gbitops      of the detector under these bits, and of the policy
     detections   highest score first: `label`, `score`, and `box_xyxy` in pixels of the image file
 
-Images are rotated as their EXIF orientation says.
+The EXIF orientation of images is applied.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from instaqnas.tools.arguments import run_command
 def run_predict(
     load: Callable[[], Predictor], images: Sequence[Path], score_threshold: float, out: Path | None
 ) -> None:
-    """Prints one JSON line per image.
+    """Detects objects in each image and prints one JSON line per image.
 
     Args:
         load: builds the predictor; called after the arguments are checked.
         images: image files.
         score_threshold: lowest score of a detection, 0 to 1.
-        out: folder for the images with their detections, NAME_detections.png; None writes none.
+        out: folder for drawings of the detections, NAME_detections.png; None for no drawings.
 
-    Raises: InputError if the predictor cannot be loaded, or an image cannot be read or written. The images before it
-        have been printed and written by then.
+    Raises: InputError if the predictor cannot be loaded, or an image cannot be read or written. Results of earlier
+        images are kept.
     """
     if not 0 <= score_threshold <= 1:
         raise InputError(f"--score: expected a number from 0 to 1, got {score_threshold}")
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line tool."""
     parser = argparse.ArgumentParser(
         prog="python -m instaqnas.tools.predict",
-        description="Run the policy and detector of a trained run on image files; prints one JSON line per image.",
+        description="Detect objects in images with the policy and detector of a trained run; prints JSON lines.",
         epilog="Settings of the config can be overridden with an equals sign, for example --device=cpu.",
         allow_abbrev=False,
     )

@@ -26,6 +26,7 @@ from instaqnas.data.loader import Batch, DetectionLoader
 from instaqnas.data.voc import Annotation
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD
 from instaqnas.errors import InputError
+from instaqnas.experiment.handover import LAST_FILE
 from instaqnas.experiment.parts import CACHED_SIDE, Experiment
 from instaqnas.experiment.stage import (
     EVAL,
@@ -346,7 +347,7 @@ def _figures(config: Config, run: Path, experiment: ShortExperiment, start: floa
         evaluations=due(settings.epochs, settings.eval_every) if data.val_split else 0,
         evaluation_seconds=per_image * experiment.images_of(data.val_split),
         saves=saves_of(settings, epoch_seconds),
-        save_seconds=_seconds_of_a_save(run / stage.name / "last.pt"),
+        save_seconds=_seconds_of_a_save(run / stage.name / LAST_FILE),
         batch_norm_seconds=_batch_norm_seconds(experiment, settings),
     )
 

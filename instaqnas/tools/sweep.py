@@ -23,12 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from instaqnas.config.command import OneLineParser, known_bits, parse_command
+from instaqnas.bits import STATIC, uniform_name
+from instaqnas.config.command import ALL_ROWS, OneLineParser, parse_command
 from instaqnas.config.reading import to_plain
 from instaqnas.config.settings import Config
 from instaqnas.data.voc import read_class_names
 from instaqnas.errors import InputError, TrainingError, exit_on_input_error
-from instaqnas.experiment.stage import fixed_stage
+from instaqnas.evaluation.report import REPORT_FILE
+from instaqnas.experiment.handover import LAST_FILE
+from instaqnas.experiment.stage import EVAL, FINETUNE, PRETRAIN_FP32, PRETRAIN_QUANT, SEARCH, Stage, fixed_stage
 from instaqnas.files import write_text
 from instaqnas.quant.bitops import CostTable
 from instaqnas.tools.profile import profile
@@ -74,7 +77,7 @@ class SweepStep:
 
     Args:
         name: name in messages, of its log and in steps.json.
-        script: pretrain, search, finetune or eval.
+        script: such as search.py.
         folder: its `--run`.
         words: its other options.
         output: file, relative to the folder, that exists once the step has succeeded.
@@ -97,7 +100,7 @@ class SweepStep:
         Raises: InputError if the script refuses its input (exit status 2), TrainingError if it fails otherwise.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(SCRIPTS / f"{self.script}.py"), *self.words, "--run", str(self.folder)]
+        command = [sys.executable, str(SCRIPTS / self.script), *self.words, "--run", str(self.folder)]
         with self.log.open("ab") as file:
             done = subprocess.run(
                 command,
@@ -151,10 +154,9 @@ class FinishedSteps:
 def shared_steps(sweep: Sweep, seed: int) -> list[SweepStep]:
     """Pretraining and the uniform baselines of a seed."""
     folder, words = sweep.folder(seed), sweep.words(seed)
-    uniform = [bits for bits in known_bits("finetune", sweep.settings(seed).bits.names) if bits.startswith("uniform")]
     return [
-        SweepStep("pretrain", "pretrain", folder, words, "pretrain_quant/last.pt"),
-        *(_finetune(folder, words, bits) for bits in uniform),
+        SweepStep("pretrain", PRETRAIN_QUANT.script, folder, words, _last(PRETRAIN_QUANT)),
+        *(_finetune(folder, words, uniform_name(name)) for name in sweep.settings(seed).bits.names),
     ]
 
 
@@ -162,16 +164,20 @@ def target_steps(sweep: Sweep, seed: int, target: float) -> list[SweepStep]:
     """Search, finetuning, static baseline and comparison of a seed and target."""
     folder, words = sweep.folder(seed, target), sweep.words(seed, target)
     return [
-        SweepStep("search", "search", folder, words, "search/last.pt"),
-        SweepStep("finetune", "finetune", folder, words, "finetune/last.pt"),
-        _finetune(folder, words, "static"),
-        SweepStep("eval", "eval", folder, [*words, "--bits", "all"], "eval/report.json"),
+        SweepStep(SEARCH.name, SEARCH.script, folder, words, _last(SEARCH)),
+        SweepStep(FINETUNE.name, FINETUNE.script, folder, words, _last(FINETUNE)),
+        _finetune(folder, words, STATIC),
+        SweepStep(EVAL.name, EVAL.script, folder, [*words, "--bits", ALL_ROWS], f"{EVAL.name}/{REPORT_FILE}"),
     ]
 
 
 def _finetune(folder: Path, words: Sequence[str], bits: str) -> SweepStep:
-    output = f"{fixed_stage(bits).name}/last.pt"
-    return SweepStep(f"finetune {bits}", "finetune", folder, [*words, "--bits", bits], output)
+    stage = fixed_stage(bits)
+    return SweepStep(f"{stage.section} {bits}", stage.script, folder, [*words, "--bits", bits], _last(stage))
+
+
+def _last(stage: Stage) -> str:
+    return f"{stage.name}/{LAST_FILE}"
 
 
 def run_all(sweep: Sweep, say: Callable[[str], None]) -> None:
@@ -186,7 +192,7 @@ def run_all(sweep: Sweep, say: Callable[[str], None]) -> None:
         for target in sweep.targets:
             folder = sweep.folder(seed, target)
             folder.mkdir(exist_ok=True)
-            _link(folder / "pretrain_fp32")
+            _link(folder / PRETRAIN_FP32.name)
             for step in shared:
                 _link(folder / Path(step.output).parent)
             where = f"seed {seed}, target {target:g}"

@@ -10,11 +10,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from instaqnas.bits import FP32, FREQUENCIES, MODAL, POLICY, RANDOM, SHUFFLED, STATIC, UNIFORM
 from instaqnas.errors import InputError
+from instaqnas.evaluation.report import COLOURS, REPORT_FILE, UNIFORM_COLOURS
 from instaqnas.experiment.run_dir import versions
+from instaqnas.experiment.stage import EVAL
 from instaqnas.files import write_text
 
-TARGET_ROWS = ("policy", "static", "modal", "shuffled", "frequencies")  # all other rows are shared by the targets
+TARGET_ROWS = (POLICY, STATIC, MODAL, SHUFFLED, FREQUENCIES)  # all other rows are shared by the targets
+PLOT_FORMATS = {  # Matplotlib's marker and line
+    POLICY: "*-",
+    STATIC: "s-",
+    UNIFORM: "o-",
+    MODAL: "v:",
+    SHUFFLED: "P:",
+    FREQUENCIES: "^:",
+    RANDOM: "D",
+}
 KEPT = ("bits", "map_11pt", "coco_ap", "gbitops_total", "gbitops_policy", "distinct_configs", "finetuned")
 HEADER = (
     "target", "bits", "mAP", "policy ahead by", "GBitOps", "against target", "configurations", "rank correlation",
@@ -38,7 +50,7 @@ class SweepRun:
     @property
     def report(self) -> Path:
         """The file that eval.py writes."""
-        return self.folder / "eval" / "report.json"
+        return self.folder / EVAL.name / REPORT_FILE
 
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -119,7 +131,7 @@ def read_runs(wanted: Iterable[SweepRun]) -> tuple[list[SweepRun], list[SweepRun
     found, missing = [], []
     for run in wanted:
         rows, config = _read(run.report) if run.report.exists() else ({}, {})
-        if "policy" in rows:
+        if POLICY in rows:
             found.append(replace(run, rows=rows, config=config))
         else:
             missing.append(run)
@@ -164,8 +176,8 @@ def _entry(target: float | None, bits: str, runs: Sequence[SweepRun]) -> Entry:
     ahead = off_target = None
     if target is not None:
         off_target = Spread.of([100 * (cost / target - 1) for cost in costs])
-        if bits != "policy":
-            ahead = Spread.of([100 * run.rows["policy"]["map_11pt"] - own for run, own in zip(runs, maps, strict=True)])
+        if bits != POLICY:
+            ahead = Spread.of([100 * run.rows[POLICY]["map_11pt"] - own for run, own in zip(runs, maps, strict=True)])
     known = [
         value for row in rows if isinstance(value := row["rank_correlation"], int | float) and math.isfinite(value)
     ]
@@ -222,12 +234,11 @@ def plot_entries(path: Path, found: Sequence[Entry]) -> None:
     groups: dict[str, list[Entry]] = {}
     for entry in found:
         groups.setdefault(entry.bits.partition(":")[0], []).append(entry)
-    markers = {"policy": "*-", "static": "s-", "uniform": "o-", "modal": "v:", "shuffled": "P:"}
-    markers |= {"frequencies": "^:", "random": "D"}
+    colours = COLOURS | {UNIFORM: UNIFORM_COLOURS[0]}
     for name, group in groups.items():
-        if name == "fp32":
-            label = f"fp32, {group[0].gbitops.mean:.3g} GBitOps"
-            axes.axhline(group[0].map_percent.mean, color="grey", linestyle="--", label=label)
+        if name == FP32:
+            label = f"{name}, {group[0].gbitops.mean:.3g} GBitOps"
+            axes.axhline(group[0].map_percent.mean, color=colours[name], linestyle="--", label=label)
             continue
         group = sorted(group, key=lambda entry: entry.gbitops.mean)
         axes.errorbar(
@@ -235,8 +246,9 @@ def plot_entries(path: Path, found: Sequence[Entry]) -> None:
             [entry.map_percent.mean for entry in group],
             xerr=[entry.gbitops.deviation or 0 for entry in group],
             yerr=[entry.map_percent.deviation or 0 for entry in group],
-            fmt=markers[name],
-            markersize=10 if name == "policy" else 5,
+            fmt=PLOT_FORMATS[name],
+            color=colours[name],
+            markersize=10 if name == POLICY else 5,
             capsize=2,
             linewidth=1,
             label=name,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from instaqnas import distributed
+from instaqnas.bits import POLICY
 from instaqnas.config.command import SEVERAL_BITS, Command
 from instaqnas.config.settings import Config
 from instaqnas.detector.pretrained import load_pretrained
@@ -102,11 +103,11 @@ def run_pretrain_quant(command: Command, experiment: Experiment) -> None:
         training = DetectorTraining.begin(experiment, run_dir, detector, settings, teacher)
         if policy is None:
             draw = experiment.choose_sandwich if settings.configurations == "sandwich" else experiment.choose_random
-            _train(training, draw("pretrain_quant"), experiment.choose_random("validate"))
+            _train(training, draw(PRETRAIN_QUANT.name), experiment.choose_random("validate"))
             return
         policy.eval().requires_grad_(False)  # noqa: FBT003
         training.state.networks["policy"] = policy
-        sampled = sampled_by(policy, settings.explore, experiment.draw("pretrain_quant"))
+        sampled = sampled_by(policy, settings.explore, experiment.draw(PRETRAIN_QUANT.name))
         _train(training, sampled, greedy_by(policy), own_gbitops)
 
 
@@ -145,7 +146,7 @@ def run_search(command: Command, experiment: Experiment | None = None) -> None:
         for epoch in training.epochs():
             scalars = learning.train_epoch(epoch)
             if settings.train_detector:
-                sampled = sampled_by(policy, learning.epsilon(epoch), experiment.draw("search"))
+                sampled = sampled_by(policy, learning.epsilon(epoch), experiment.draw(SEARCH.name))
                 scalars |= training.train_epoch(epoch, sampled)
             if training.in_last_epoch:
                 learning.meet_budget()
@@ -158,9 +159,14 @@ def run_search(command: Command, experiment: Experiment | None = None) -> None:
 
 @distributed.reporting_lost_processes()
 def run_finetune(command: Command, experiment: Experiment | None = None) -> None:
-    """Trains the detector under the frozen, greedy policy, or under the fixed configuration that `--bits` names."""
-    if command.bits != "policy":
-        _finetune_fixed(command)
+    """Trains the detector under the frozen, greedy policy, or under the fixed configuration that `--bits` names.
+
+    Args:
+        command: names the run.
+        experiment: parts of the command's config; for a fixed configuration, of `fixed_config` of it.
+    """
+    if command.bits != POLICY:
+        _finetune_fixed(command, experiment)
         return
     experiment, config = experiment or start(command, [FINETUNE]), command.config
     settings = config.finetune
@@ -187,11 +193,11 @@ def run_finetune(command: Command, experiment: Experiment | None = None) -> None
         _train(training, choose, choose_in_use, own_gbitops)
 
 
-def _finetune_fixed(command: Command) -> None:
+def _finetune_fixed(command: Command, experiment: Experiment | None) -> None:
     """Trains the pretrained detector under one fixed configuration, by the settings of `fixed_config`."""
-    stage, config = fixed_stage(command.bits), fixed_config(command.config)
-    settings = config.finetune
-    experiment = start(replace(command, config=config), [stage])
+    stage = fixed_stage(command.bits)
+    experiment = experiment or start(replace(command, config=fixed_config(command.config)), [stage])
+    settings = experiment.config.finetune
     baselines = Baselines(experiment, command)
     source = initial_checkpoint(command) or baselines.pretrained
     teacher = teacher_checkpoint(command, stage.section, settings)

@@ -146,6 +146,24 @@ def test_a_finished_baseline_is_complete_and_can_be_restarted(compared_run: Path
     assert (run / "finetune_uniform_w3a3.old-1" / "last.pt").read_bytes() == before
 
 
+def test_a_baseline_is_trained_with_the_parts_that_are_handed_in(
+    finished_run: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_run(finished_run, tmp_path / "run", "pretrain_quant")
+    command = make_command("finetune", run, "--bits", "uniform:w3a3")
+    experiment = Experiment(make_command("finetune", tmp_path, "--finetune.lr=0.125").config)
+    used = []
+
+    def begin(experiment: Experiment, *args) -> None:
+        used.append((experiment, args[2].lr))
+        raise InterruptedError
+
+    monkeypatch.setattr(detector_training.DetectorTraining, "begin", begin)
+    with pytest.raises(InterruptedError):
+        stages.run_finetune(command, experiment)
+    assert used == [(experiment, 0.125)]
+
+
 def test_a_baseline_needs_what_it_is_found_from(finished_run: Path, make_command, tmp_path: Path) -> None:
     run = copy_run(finished_run, tmp_path / "run", "pretrain_quant")
     for bits in ("static", "modal"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -10,13 +11,26 @@ from pathlib import Path
 
 import cv2
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 
 import instaqnas.tools.sweep as sweep_module
 from instaqnas.config.command import parse_command
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.errors import InputError
+from instaqnas.evaluation.report import plot_pareto
 from instaqnas.tools.sweep import main, parse_sweep
-from instaqnas.tools.sweep_report import SweepRun, entries, markdown_table, read_runs, write_files
+from instaqnas.tools.sweep_report import (
+    Entry,
+    Spread,
+    SweepRun,
+    entries,
+    markdown_table,
+    plot_entries,
+    read_runs,
+    write_files,
+)
 from instaqnas.training import stages
 
 CONFIG = """
@@ -374,3 +388,24 @@ def test_a_file_that_is_no_report_is_named(tmp_path: Path, content: str) -> None
     run.report.write_text(content)
     with pytest.raises(InputError, match=r"eval/report\.json: not a report\.json of eval\.py"):
         read_runs([run])
+
+
+def row_colours(axes: Axes) -> dict[str, tuple[float, ...]]:
+    """RGBA of each way to choose bits, from the legend; all uniform choices are one."""
+    found = {}
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+        line = handle[0] if isinstance(handle, tuple) else handle  # of a point with error bars
+        found[re.split("[:,]", label)[0]] = to_rgba(line.get_color())
+    return found
+
+
+def test_a_row_has_the_colour_that_it_has_in_the_plot_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: figures.append(figure))
+    names = ["fp32", "random", "uniform:w2a2", "static", "policy", "modal", "shuffled", "frequencies"]
+    plot_pareto(Path("a.png"), [{"bits": bits, "map_11pt": 0.5, "gbitops_total": 1.0} for bits in names])
+    one = Spread(1.0, None)
+    plot_entries(Path("b.png"), [Entry(None, bits, 1, one, None, one, None, one, None, [1]) for bits in names])
+    of_run, of_sweep = (row_colours(figure.axes[0]) for figure in figures)
+    assert len(set(of_run.values())) == len(names)
+    assert of_sweep == of_run
