@@ -24,11 +24,16 @@ DAMAGES = (
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, as `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file that appears under its name only when it is complete; of several writers the last one wins."""
     # A name of its own: with a fixed one, a second writer would take the first one's file away.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except BaseException:  # an interruption too must not leave a file of a unique name
         temporary.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 row                             detector, unless one was trained under that very configuration (finetune.py --bits)
 fp32                            full-precision training
-uniform:..., static, random     quantized pretraining, which has trained all configurations
+uniform:..., static, random     quantized pretraining, which has trained all configurations; with `bits.positions` network
+                                the policy's, whose levels are part of one adaptive detector
 policy                          the policy's own: of the search, or of the finetuning after it
 shuffled, frequencies, modal    the policy's, trained under these choices as long as under the policy
 """
@@ -69,7 +70,8 @@ def row_source(baselines: Baselines, name: str) -> Checkpoint:
         return checkpoint
     if name == FP32:
         return finished_checkpoint(command.run, PRETRAIN_FP32, config)
-    if name in (POLICY, SHUFFLED, FREQUENCIES, MODAL):
+    adaptive = config.bits.positions == "network" and has_policy(command.run)
+    if adaptive or name in (POLICY, SHUFFLED, FREQUENCIES, MODAL):
         return baselines.policy_source
     return baselines.pretrained
 

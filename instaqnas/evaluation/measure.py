@@ -20,6 +20,7 @@ from instaqnas.data.loader import Batch, DetectionLoader
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.evaluation.inference import detections_of, negative_loss, quality_of
 from instaqnas.experiment.parts import Experiment
+from instaqnas.metrics.bootstrap import MatchedSplit
 from instaqnas.metrics.coco import coco_ap
 from instaqnas.metrics.voc import DetectionRecords, RecordBatch, voc_map
 from instaqnas.policy.bit_config import ChooseBits
@@ -78,6 +79,23 @@ class EvalReport:
         """
         counts = [row.detections for row in self.per_image if row.objects == 0]
         return sum(counts) / len(counts) if counts else math.nan
+
+    @property
+    def image_recall(self) -> float:
+        """Share of images with objects that have a counted detection anywhere; NaN without such images."""
+        flagged = [row.detections > 0 for row in self.per_image if row.objects]
+        return sum(flagged) / len(flagged) if flagged else math.nan
+
+    @property
+    def image_false_alarms(self) -> float:
+        """Share of images without objects that have a counted detection; NaN without such images."""
+        flagged = [row.detections > 0 for row in self.per_image if not row.objects]
+        return sum(flagged) / len(flagged) if flagged else math.nan
+
+    @cached_property
+    def matched(self) -> MatchedSplit:
+        """Matched detections, for confidence intervals; empty where `records` are."""
+        return MatchedSplit.of(self.records, len(self.ap_11pt))
 
     @cached_property
     def coco_ap(self) -> float:

@@ -17,6 +17,7 @@ from instaqnas.evaluation.measure import EvalReport
 from instaqnas.evaluation.survey import Diagnosis
 from instaqnas.experiment.run_dir import versions
 from instaqnas.files import write_text
+from instaqnas.metrics.bootstrap import interval_of, resampled, save_matches
 
 # Matplotlib's names of the colours of rows, the same in every plot.
 COLOURS = {
@@ -30,6 +31,7 @@ COLOURS = {
 }
 UNIFORM_COLOURS = ("C0", "C9", "C8", "C7", "black", "gold", "navy", "lime")  # bits.choices has eight at most
 REPORT_FILE = "report.json"
+MATCHES = "matches_"  # beginning of the names of files with matched detections
 RUN_MARKERS, RUN_LINES = "o^sDvPX<>", ("--", ":", "-.")
 ROW_KEYS = (
     "map_11pt",
@@ -41,6 +43,8 @@ ROW_KEYS = (
     "distinct_configs",
     "images",
     "false_positives_per_empty",
+    "image_recall",
+    "image_false_alarms",
 )
 
 
@@ -90,13 +94,34 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_report(folder: Path, rows: Sequence[ReportRow], config: dict[str, Any]) -> None:
-    """Writes report.json, per_image.csv and pareto.png."""
+    """Writes report.json, per_image.csv, pareto.png, and the matched detections of each row for `tools.compare`."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = [row.plain() for row in rows]
+    for row, values, found in zip(rows, plain, intervals(rows, config["seed"]), strict=True):
+        values |= found
+        save_matches(folder / f"{MATCHES}{row.bits.replace(':', '_')}.npz", row.report.matched)
     content = {"rows": plain, "config": config, "versions": versions(), "seed": config["seed"]}
     write_text(folder / REPORT_FILE, json.dumps(_finite(content), indent=1) + "\n")
     _write_per_image(folder / "per_image.csv", rows)
     plot_pareto(folder / "pareto.png", plain)
+
+
+def intervals(rows: Sequence[ReportRow], seed: int) -> list[dict[str, Any]]:
+    """For each row, 95 % intervals of its mAP, and of the policy's mAP minus its own where there is a policy.
+
+    `map_11pt_interval` is [low, high], `policy_minus_this` [difference, low, high]; see `instaqnas.metrics.bootstrap`.
+    """
+    counts = resampled(rows[0].report.images, seed)
+    maps = {row.bits: row.report.map_11pt for row in rows}
+    replicates = {row.bits: row.report.matched.map_11pt(counts) for row in rows}
+    found = []
+    for row in rows:
+        values = {"map_11pt_interval": list(interval_of(maps[row.bits], replicates[row.bits]))[1:]}
+        if POLICY in maps and row.bits != POLICY:
+            difference = interval_of(maps[POLICY] - maps[row.bits], replicates[POLICY] - replicates[row.bits])
+            values["policy_minus_this"] = list(difference)
+        found.append(values)
+    return found
 
 
 def _write_per_image(path: Path, rows: Sequence[ReportRow]) -> None:

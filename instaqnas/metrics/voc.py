@@ -58,6 +58,23 @@ class DetectionRecords:
         self.batches.append(RecordBatch(*(tensor.detach().cpu() for tensor in batch)))
 
 
+class MatchedDetections(NamedTuple):
+    """The D detections of a split, each matched within its image.
+
+    scores: float32 [D].
+    labels: int64 [D], 1 for the first class.
+    true_positive: bool [D].
+    ignored: bool [D], detections that do not count.
+    images: int64 [D], the number of the image.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    true_positive: Tensor
+    ignored: Tensor
+    images: Tensor
+
+
 @dataclass(frozen=True)
 class VocResult:
     """mAP, and AP by class name, in [0, 1].
@@ -121,8 +138,8 @@ def voc_map(records: DetectionRecords, class_names: Sequence[str]) -> VocResult:
         records: all images of the split.
         class_names: without background; label k is `class_names[k - 1]`.
     """
-    scores, labels, true_positive, ignored = _match_all(records)
-    counts = _count_objects(records, len(class_names))
+    scores, labels, true_positive, ignored, _ = match_all(records)
+    counts = count_objects(records, len(class_names)).sum(0).tolist()
     ap_11pt, ap_all_point = {}, {}
     for label, (name, positives) in enumerate(zip(class_names, counts, strict=True), start=1):
         ap_11pt[name] = ap_all_point[name] = math.nan
@@ -139,27 +156,34 @@ def _envelope(precision: Tensor) -> Tensor:
     return precision.flip(-1).cummax(-1).values.flip(-1)
 
 
-def _match_all(records: DetectionRecords) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Score, label, true positive and ignored of the detections of all images, each [detections]."""
+def match_all(records: DetectionRecords) -> MatchedDetections:
+    """Matches the detections of all images, in their order."""
     none = torch.zeros(0, dtype=torch.bool)
-    scores, labels = [torch.zeros(0)], [torch.zeros(0, dtype=torch.int64)]  # for a split without batches
-    true_positive, ignored = [none], [none]
+    parts = [MatchedDetections(torch.zeros(0), none.long(), none, none, none.long())]  # for a split without batches
+    first_image = 0
     for batch in records.batches:
-        matches = match_detections(*batch)
-        valid = batch.det_labels > 0
-        scores.append(batch.det_scores[valid])
-        labels.append(batch.det_labels[valid])
-        true_positive.append(matches.true_positive[valid])
-        ignored.append(matches.ignored[valid])
-    return torch.cat(scores), torch.cat(labels), torch.cat(true_positive), torch.cat(ignored)
+        matches, valid = match_detections(*batch), batch.det_labels > 0
+        images = first_image + valid.nonzero()[:, 0]
+        first_image += len(valid)
+        parts.append(
+            MatchedDetections(
+                batch.det_scores[valid],
+                batch.det_labels[valid],
+                matches.true_positive[valid],
+                matches.ignored[valid],
+                images,
+            )
+        )
+    return MatchedDetections(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def _count_objects(records: DetectionRecords, classes: int) -> list[int]:
-    """Objects of each class that are not difficult."""
-    counts = torch.zeros(classes + 1, dtype=torch.int64)  # index 0: padding
+def count_objects(records: DetectionRecords, classes: int) -> Tensor:
+    """Objects of each image and class that are not difficult, int64 [N, C] without background."""
+    counts = [torch.zeros(0, classes, dtype=torch.int64)]
     for batch in records.batches:
-        counts += batch.gt_labels[~batch.gt_difficult].bincount(minlength=classes + 1)
-    return counts[1:].tolist()
+        labels = batch.gt_labels.masked_fill(batch.gt_difficult, 0)  # 0: padding
+        counts.append(F.one_hot(labels, classes + 1).sum(1)[:, 1:])
+    return torch.cat(counts)
 
 
 def _mean_of_known(ap: dict[str, float]) -> float:
