@@ -26,6 +26,7 @@ from instaqnas.config.settings import EvalConfig
 from instaqnas.detector.mobilenet import stem_channels
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
+from instaqnas.policy.budget import PricePoint
 from instaqnas.policy.network import PolicyNet, effort_of, policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.integer import InputGrid, IntegerConv2d, integer_conv, replace_convolutions
@@ -97,6 +98,7 @@ class IntegerModel:
         costs: GBitOps of the detector's configurations.
         policy_gbitops: cost of one decision.
         settings: of post-processing.
+        prices: of the policy for other budgets; empty if its run has none.
     """
 
     detector: SwitchableSSD
@@ -105,6 +107,7 @@ class IntegerModel:
     costs: CostTable
     policy_gbitops: float
     settings: EvalConfig
+    prices: tuple[PricePoint, ...] = ()
 
 
 # --- Bits -------------------------------------------------------------------------------------------------------------
@@ -193,6 +196,7 @@ def save_packed(
     architecture: Architecture,
     class_names: Sequence[str],
     settings: EvalConfig,
+    prices: Sequence[PricePoint] = (),
 ) -> None:
     """Writes the deployment file of a trained detector and its policy. Moves both to the CPU.
 
@@ -202,6 +206,7 @@ def save_packed(
         architecture: builds networks of their shapes.
         class_names: without background.
         settings: of post-processing.
+        prices: of the policy for other budgets, as its checkpoint has them.
 
     Raises: InputError if a layer has no integer form (`integer_conv`); TrainingError if the file cannot be written.
     """
@@ -215,6 +220,7 @@ def save_packed(
             "classes": list(class_names),
             "eval": asdict(settings),
             "default_boxes_cxcywh": detector.default_boxes_cxcywh.cpu(),
+            "prices": [list(point) for point in prices],
             "effort": None if policy.effort is None else policy.effort.cpu(),
             "networks": {
                 kind: {name: _packed_layer(layer, f"{kind}.{name}") for name, layer in _convolutions(network.cpu())}
@@ -259,13 +265,15 @@ def load_packed(path: Path) -> IntegerModel:
                 "effort", torch.tensor(effort_of(architecture.bits.bit_products)).expand(policy.effort.shape)
             )
             _check_like(effort, policy.effort)
+        where = "prices"  # files that predate them have none
+        prices = tuple(PricePoint(float(price), float(gbitops)) for price, gbitops in state.get("prices", []))
         where = "eval"
         settings = from_plain({"data": {"roots": [str(path)]}, "eval": state["eval"]}).eval  # roots have no default
     except (InputError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, zlib.error) as error:
         raise InputError(f"{path}: {where}: invalid ({error}); pack the run again") from error
     detector.default_boxes_cxcywh = boxes
     policy.effort = effort
-    return IntegerModel(detector.eval(), policy.eval(), class_names, costs, policy_cost, settings)
+    return IntegerModel(detector.eval(), policy.eval(), class_names, costs, policy_cost, settings, prices)
 
 
 def _check_like(tensor: Tensor, expected: Tensor) -> None:

@@ -15,6 +15,7 @@ from instaqnas.config.settings import EvalConfig
 from instaqnas.data.transforms import eval_transform
 from instaqnas.deploy.packed import load_packed
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
+from instaqnas.errors import InputError
 from instaqnas.evaluation.inference import detect
 from instaqnas.experiment.handover import initial_checkpoint, latest_policy_checkpoint
 from instaqnas.experiment.parts import Experiment
@@ -95,16 +96,27 @@ class Predictor:
         checkpoint.load(experiment, detector, "detector", POLICY_KINDS)
         checkpoint.load(experiment, policy, "policy", POLICY_KINDS)
         costs, policy_cost = detector_costs(detector), policy_gbitops(policy, detector.image_size)
+        if command.budget is not None:
+            checkpoint.shift_to_budget(policy, costs, command.budget)
         settings = command.config.eval
         return Predictor(detector, policy, costs, policy_cost, experiment.class_names, settings, experiment.device)
 
     @staticmethod
-    def of_packed(path: Path) -> Predictor:
+    def of_packed(path: Path, budget: float | None = None) -> Predictor:
         """Integer networks of a packed file, on the CPU.
 
-        Raises: InputError if it cannot be read.
+        Args:
+            path: the file.
+            budget: mean GBitOps that the policy is shifted to, itself included; None leaves it as trained.
+
+        Raises: InputError if the file cannot be read, or has no such budget.
         """
         model = load_packed(path)
+        if budget is not None:
+            try:
+                model.policy.shift_to_budget(model.prices, model.costs, budget)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
         parts = (model.detector, model.policy, model.costs, model.policy_gbitops, model.class_names)
         return Predictor(*parts, model.settings, torch.device("cpu"))
 

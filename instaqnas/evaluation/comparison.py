@@ -2,8 +2,8 @@
 
 row                             detector, unless one was trained under that very configuration (finetune.py --bits)
 fp32                            full-precision training
-uniform:..., static, random     quantized pretraining, which has trained all configurations; with `bits.positions` network
-                                the policy's, whose levels are part of one adaptive detector
+uniform:..., static, random     quantized pretraining, which has trained all configurations; with `bits.positions`
+                                network the policy's, whose levels are part of one adaptive detector
 policy                          the policy's own: of the search, or of the finetuning after it
 shuffled, frequencies, modal    the policy's, trained under these choices as long as under the policy
 """

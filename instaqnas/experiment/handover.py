@@ -26,7 +26,7 @@ from instaqnas.experiment.stage import (
     stage_named,
 )
 from instaqnas.files import file_digest
-from instaqnas.policy.budget import PricePoint, price_of
+from instaqnas.policy.budget import PricePoint
 from instaqnas.policy.network import PolicyNet
 from instaqnas.quant.bitops import CostTable
 
@@ -67,6 +67,11 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 of the file."""
         return file_digest(self.path)
+
+    @property
+    def prices(self) -> list[PricePoint]:
+        """Prices of its policy for other budgets; empty before the end of a search."""
+        return [PricePoint(*point) for point in self.state.get("prices", [])]
 
     @property
     def further_epochs(self) -> int:
@@ -111,10 +116,10 @@ class Checkpoint:
 
         Raises: InputError if the checkpoint has no prices, or the cost is outside them.
         """
-        prices = [PricePoint(*point) for point in self.state.get("prices", [])]
-        if not prices:
-            raise InputError(f"{self.path}: no prices for other budgets; finish its search or finetuning first")
-        policy.add_to_logits(-price_of(prices, gbitops) * costs.gbitops_table())
+        try:
+            policy.shift_to_budget(self.prices, costs, gbitops)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
 
     def check_held_out(self, experiment: Experiment) -> None:
         """Raises InputError if its detector may have been trained on images that `data.policy_share` holds out here."""

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instaqnas.bits import BitChoice
+from instaqnas.errors import InputError
 from instaqnas.pixels import normalized
-from instaqnas.quant.bitops import LayerCost, measure_layers
+from instaqnas.policy.budget import PricePoint, price_of
+from instaqnas.quant.bitops import CostTable, LayerCost, measure_layers
 from instaqnas.quant.switchable import SwitchableConv2d
 
 BLOCKS = ((1, 1), (2, 2), (4, 2), (8, 2))  # (channels in units of the width, stride) of the residual blocks
@@ -114,6 +116,21 @@ class PolicyNet(nn.Module):
         """Adds `offset` [L, K] to the logits of all images from now on."""
         assert self.head.bias is not None, "the head has a bias instead of BatchNorm"
         self.head.bias[: offset.numel()] += offset.flatten().to(self.head.bias)
+
+    @torch.no_grad()
+    def shift_to_budget(self, prices: Sequence[PricePoint], costs: CostTable, gbitops: float) -> None:
+        """Shifts the logits so that images cost `gbitops` on average, as far as they are like the ones of `prices`.
+
+        Args:
+            prices: of this policy as it was trained.
+            costs: of its detector.
+            gbitops: the mean cost, policy included.
+
+        Raises: InputError if there are no prices, or the cost is outside them.
+        """
+        if not prices:
+            raise InputError("no prices for other budgets; a search or finetuning that has ended writes them")
+        self.add_to_logits(-price_of(prices, gbitops) * costs.gbitops_table())
 
     @torch.no_grad()
     def begin(self, logits: Tensor, effort: Tensor) -> None:

@@ -4,9 +4,9 @@
         --minus runs/static/eval/uniform_level0/matches_uniform_level0.npz
 
 The files are written by eval.py. Give as many files before and after `--minus`, such as one for each seed: the result
-is the mean of their differences. The bootstrap draws images, or groups of images that belong together (`--groups`, a file
-with a line `IMAGE_ID GROUP` for each image), and keeps pairs together. It tells how sure the difference is for these
-trainings on other images; how much trainings differ shows in the differences of single seeds.
+is the mean of their differences. The bootstrap draws images, or groups of images that belong together (`--groups`, a
+file with a line `IMAGE_ID GROUP` for each image), and keeps pairs together. It tells how sure the difference is for
+these trainings on other images; how much trainings differ shows in the differences of single seeds.
 """
 
 from __future__ import annotations

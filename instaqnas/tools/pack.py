@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint.load(experiment, detector, "detector", POLICY_KINDS)
         checkpoint.load(experiment, policy, "policy", POLICY_KINDS)
         architecture, settings = architecture_of(command.config), command.config.eval
-        save_packed(options.out, detector, policy, architecture, experiment.class_names, settings)
+        save_packed(options.out, detector, policy, architecture, experiment.class_names, settings, checkpoint.prices)
         floats = 4 * sum(parameter.numel() for parameter in detector.parameters())
         print(f"{options.out}: {options.out.stat().st_size:,} bytes (the detector's float32 parameters: {floats:,})")
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -95,6 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", metavar="FOLDER", help="folder of the run (default: runs/<name of FILE>)")
     parser.add_argument("--init", metavar="CHECKPOINT", help="checkpoint to use instead of the run's latest")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also draw the detections to PNG files here")
+    parser.add_argument("--budget", type=float, metavar="GBITOPS", help="shift the policy to this mean cost")
     parser.add_argument("--score", type=float, default=0.3, help="lowest score of a detection (default: 0.3)")
     options, overrides = parser.parse_known_args(arguments)
 
@@ -106,9 +108,11 @@ def main(arguments: list[str] | None = None) -> None:
             given = [f"--{name}" for name in ("run", "init") if getattr(options, name) is not None] + overrides
             if given:
                 raise InputError(f"{given[0]}: not together with --packed, which needs no config")
-            run_predict(lambda: Predictor.of_packed(options.packed), options.images, options.score, options.out)
+            run_predict(
+                lambda: Predictor.of_packed(options.packed, options.budget), options.images, options.score, options.out
+            )
             return
-        command = run_command(options, overrides)
+        command = replace(run_command(options, overrides), budget=options.budget)
         run_predict(lambda: Predictor.of_run(command), options.images, options.score, options.out)
 
 
