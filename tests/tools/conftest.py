@@ -42,7 +42,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
             if isinstance(module, PerChoiceBatchNorm):
                 module.momentum = 1.0  # take the statistics of these images
         numbers = torch.arange(len(images))[:, None] + torch.arange(len(calibrated.positions))
-        choices = numbers % len(calibrated.choices)  # [B, L], all choices at every position
+        choices = numbers % len(calibrated.choice_names)  # [B, L], all choices at every position
         calibrate(calibrated, lambda: calibrated(images, choices))
         detector = experiment.adaptive_detector()
         detector.load_state_dict(calibrated.state_dict())
