@@ -263,6 +263,8 @@ class SettingParser(jsonargparse.ArgumentParser):
         """
         for key, read in _FROM_FILE.items():
             if isinstance(values[key], str):
+                if not values[key].endswith(".json"):
+                    raise InputError(f"{key}: expected {self.settings[key].type_text}, got {values[key]}")
                 values[key] = read(Path(values[key]))
         for key, setting in self.settings.items():
             # jsonargparse takes None for any type.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from instaqnas.config.command import Command
-from instaqnas.config.reading import from_plain
+from instaqnas.config.reading import from_plain, to_plain
 from instaqnas.config.settings import Config, DataConfig, DetectorConfig
 from instaqnas.errors import InputError
 
@@ -55,7 +57,7 @@ Parse = Callable[..., Command]
         ("--policy.pool=301", "at most detector.image_size = 300, got 301"),
         ("--data.policy_share=1", "at least 0 and less than 1, got 1.0"),
         ("--data.policy_share=-0.1", "at least 0 and less than 1, got -0.1"),
-        ("--search.samples=0", "at least 1, got 0"),
+        ("--search.samples=0", "at least 1, or all, got 0"),
         ("--search.entropy_start=-1", "at least 0, got -1.0"),
         ("--search.entropy_end=-1", "at least 0, got -1.0"),
         ("--reward.multiplier_gain=-1", "at least 0, got -1.0"),
@@ -184,3 +186,80 @@ def test_settings_of_lsq_are_refused_for_other_quantizers(
     for lsq in ("lsq", "lsq_plus"):
         config = from_plain({"data": {"roots": ["voc"]}, "bits": {"quantizer": lsq, name: value}})
         assert getattr(config.bits, name) == value
+
+
+# --- Levels -----------------------------------------------------------------------------------------------------------
+
+
+def test_levels_are_lists_of_pairs_or_the_file_that_holds_them(parse: Parse, tmp_path: Path) -> None:
+    file = tmp_path / "levels.json"
+    file.write_text(json.dumps({"levels": [{"bits": ["w3a3", "w2a1"], "gbitops": 1.0}, {"bits": ["w4a4", "w8a4"]}]}))
+    levels = [[(3, 3), (2, 1)], [(4, 4), (8, 4)]]
+    for given in (f"{file}", "[[[3, 3], [2, 1]], [[4, 4], [8, 4]]]"):
+        bits = parse(MINIMAL, "--bits.positions=network", f"--bits.levels={given}").config.bits
+        assert bits.levels == levels
+        assert bits.names == ["level0", "level1"]
+    inside = parse(MINIMAL + f"bits: {{positions: network, levels: {file}}}\n").config
+    assert inside.bits.levels == levels
+    assert from_plain(to_plain(inside)) == inside  # a checkpoint needs no file
+
+
+@pytest.mark.parametrize(
+    "levels, message",
+    [
+        ("[]", "bits.levels: expected one to eight lists, equally long"),
+        ("[[[3, 3], [2, 2]], [[3, 3]]]", "bits.levels: expected one to eight lists, equally long"),
+        ("[[[3, 1], [2, 2]]]", "1 for activations of all layers but the first, got [[[3, 1], [2, 2]]]"),
+        ("[[3, 3]]", "bits.levels: expected a list of [weight bits, activation bits] for each level, or a JSON file"),
+        ("missing.json", "bits.levels: missing.json: No such file or directory"),
+    ],
+)
+def test_other_levels_are_refused(refusal: Callable[..., str], levels: str, message: str) -> None:
+    assert message in refusal(MINIMAL, "--bits.positions=network", f"--bits.levels={levels}")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"levels": [{"bits": ["w3"]}]}', '{"levels": [{}]}'])
+def test_a_file_without_levels_is_refused_by_name(refusal: Callable[..., str], tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    message = refusal(MINIMAL, "--bits.positions=network", f"--bits.levels={tmp_path / 'x.json'}")
+    assert message.startswith("bits.levels: x.json: not a file of instaqnas.tools.levels (")
+
+
+def test_levels_need_one_choice_for_the_whole_network(refusal: Callable[..., str]) -> None:
+    message = refusal(MINIMAL, "--bits.levels=[[[3, 3]]]")
+    assert message == 'bits.positions: expected network for bits.levels, got "pointwise"'
+
+
+def test_all_samples_need_one_choice_for_the_whole_network(refusal: Callable[..., str], parse: Parse) -> None:
+    message = refusal(MINIMAL, "--search.samples=all")
+    assert message == 'search.samples: expected a number for bits.positions = pointwise, got "all"'
+    assert refusal(MINIMAL, "--search.samples=0") == "search.samples: expected at least 1, or all, got 0"
+    assert refusal(MINIMAL, "--search.samples=some").startswith("search.samples: expected a whole number, or all, got")
+    assert parse(MINIMAL, "--search.samples=all", "--bits.positions=network").config.search.samples == "all"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["--reward.name=quality", "--policy.effort=true"], "reward.name: expected budget"),
+        (["--reward.name=budget", "--reward.target_gbitops=1"], "policy.effort: expected true"),
+    ],
+)
+def test_a_first_policy_needs_effort_and_a_budget(
+    refusal: Callable[..., str], settings: list[str], message: str
+) -> None:
+    found = refusal(MINIMAL, "--pretrain_quant.configurations=policy", *settings)
+    assert found.startswith(f"{message} for pretrain_quant.configurations = policy")
+
+
+def test_a_search_starts_from_a_pretrained_policy_only_where_there_is_one(refusal: Callable[..., str]) -> None:
+    budget = ("--reward.name=budget", "--reward.target_gbitops=1")
+    message = refusal(MINIMAL, "--search.start=pretrained", *budget)
+    assert message == 'pretrain_quant.configurations: expected policy for search.start = pretrained, got "random"'
+
+
+def test_budgets_are_the_lower_and_the_higher(refusal: Callable[..., str], parse: Parse) -> None:
+    assert parse(MINIMAL, "--finetune.budgets=[0.3, 0.5]").config.finetune.budgets == (0.3, 0.5)
+    for wrong in ("[0.5, 0.3]", "[0, 1]", "[1, .inf]"):
+        message = refusal(MINIMAL, f"--finetune.budgets={wrong}")
+        assert message.startswith("finetune.budgets: expected [lowest, highest], both above 0, got ")

@@ -86,3 +86,68 @@ def test_images_draw_whole_levels(images: Tensor) -> None:
 def test_the_stem_of_a_level_cannot_be_frozen() -> None:
     with pytest.raises(ValueError, match="cannot freeze the stem"):
         build("network").freeze_stem()
+
+
+# --- Levels with bits of their own in every layer ---------------------------------------------------------------------
+
+PER_LAYER = [[(4, 4)] + [(2, 2)] * 46, [(4, 4)] + [(2, 2), (3, 5)] * 23, [(8, 8)] * 27 + [(3, 1)] * 20]
+
+
+def per_layer(levels: list[list[tuple[int, int]]]) -> SwitchableSSD:
+    torch.manual_seed(0)
+    eight = (8, 8)
+    bits = DetectorBits([eight], eight, eight, eight, eight, positions="network", levels=levels)
+    return SwitchableSSD(3, bits, image_size=64, width=0.125, extras_batch_norm=True)
+
+
+@pytest.fixture(scope="module")
+def mixed(images: Tensor) -> SwitchableSSD:
+    detector = per_layer(PER_LAYER)
+    calibrate(detector, lambda: detector(images, torch.arange(6)[:, None] % 3))
+    return detector.eval()
+
+
+def test_bits_of_a_level_are_those_of_its_list_in_the_order_of_the_layers(mixed: SwitchableSSD) -> None:
+    layers = {layer.name: layer for layer in detector_layers(mixed)}
+    assert mixed.choice_names == ("level0", "level1", "level2")
+    assert mixed.layer_names[:3] == ("backbone.stem", "backbone.blocks.0.depthwise", "backbone.blocks.0.pointwise")
+    assert mixed.layer_names[-1] == "class_heads.5"
+    for place, name in enumerate(mixed.layer_names):
+        assert layers[name].choices == tuple(level[place] for level in PER_LAYER)
+    expected = [
+        sum(layers[n].macs * w * a for n, (w, a) in zip(mixed.layer_names, level, strict=True)) for level in PER_LAYER
+    ]
+    assert detector_costs(mixed).table.tolist() == [expected]
+
+
+def test_every_level_is_the_network_with_that_level_alone(mixed: SwitchableSSD, images: Tensor) -> None:
+    for number, level in enumerate(PER_LAYER):
+        alone = per_layer([level]).eval()
+        own = alone.state_dict()
+        for name, value in mixed.state_dict().items():
+            per_level = own[name].shape != value.shape
+            own[name] = value[number : number + 1] if per_level else value
+        alone.load_state_dict(own)
+        with torch.no_grad():
+            expected = alone(images, torch.zeros(6, 1, dtype=torch.int64))
+            found = mixed(images, torch.full((6, 1), number))
+        torch.testing.assert_close(found.class_logits, expected.class_logits)
+        torch.testing.assert_close(found.box_offsets, expected.box_offsets)
+
+
+def test_levels_of_equal_bits_in_a_layer_still_have_their_own_steps(mixed: SwitchableSSD, images: Tensor) -> None:
+    layer = mixed.backbone.blocks[0].depthwise  # 2/2 in the first two levels
+    assert layer.choices[:2] == ((2, 2), (2, 2))
+    before = mixed(images, torch.zeros(6, 1, dtype=torch.int64)).class_logits.detach()
+    with torch.no_grad():
+        layer.input_quantizer.log_step[1] += 1
+    assert torch.equal(mixed(images, torch.zeros(6, 1, dtype=torch.int64)).class_logits.detach(), before)
+    with torch.no_grad():
+        layer.input_quantizer.log_step[1] -= 1
+
+
+def test_integers_compute_levels_with_their_own_bits(mixed: SwitchableSSD, images: Tensor) -> None:
+    chosen = torch.tensor([2, 0, 1, 1, 0, 2])[:, None]
+    with torch.no_grad():
+        expected, found = mixed(images, chosen), to_integer(mixed)(images, chosen)
+    torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=1e-4)
