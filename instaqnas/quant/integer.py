@@ -115,6 +115,15 @@ class IntegerConv2d(nn.Module):
             choice = None
         return self.sums(self.levels(x, choice), choice)
 
+    @property
+    def out_channels(self) -> int:
+        """Number of output channels."""
+        return self.weight.shape[1]
+
+    def add_to_output(self, change: Tensor) -> None:
+        """Adds `change` [out] to the outputs from now on."""
+        self.shift += change.to(self.shift)
+
     def levels(self, x: Affine | Tensor, choice: Tensor | None) -> Tensor:
         """The quantized input [B, in, H, W], channels-last: levels plus `offset`, uint8.
 

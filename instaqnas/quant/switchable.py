@@ -147,6 +147,17 @@ class SwitchableConv2d(nn.Module):
         """Leaves out the packed weight, which cannot be copied."""
         return {**self.__dict__, "_packed": None}
 
+    @property
+    def out_channels(self) -> int:
+        """Number of output channels."""
+        return self.weight.shape[-4]
+
+    @torch.no_grad()
+    def add_to_output(self, change: Tensor) -> None:
+        """Adds `change` [out] to the outputs of a layer with a bias from now on."""
+        assert self.bias is not None, "the layer has BatchNorm"
+        self.bias.add_(change.to(self.bias))
+
     def folded(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale [K, out] and shift [K or 1, out] from the integer sums to the output in evaluation.
 

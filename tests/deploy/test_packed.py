@@ -21,9 +21,11 @@ from instaqnas.config.command import parse_command
 from instaqnas.config.settings import EvalConfig
 from instaqnas.data.voc import VOC_CLASSES
 from instaqnas.deploy.packed import Architecture, load_packed, pack_bits, save_packed, unpack_bits
+from instaqnas.deploy.predictor import Predictor
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.experiment.parts import detector_bits
+from instaqnas.policy.budget import PricePoint
 from instaqnas.policy.network import PolicyNet, effort_of, policy_gbitops
 from instaqnas.quant.batch_norm import PerChoiceBatchNorm
 from instaqnas.quant.integer import to_integer
@@ -179,6 +181,24 @@ def test_networks_come_back_exactly(name: str, tmp_path: Path) -> None:
     assert model.detector.choice_names == detector.choice_names
     assert torch.equal(model.detector.default_boxes_cxcywh, detector.default_boxes_cxcywh)
     assert not [m for network in (model.detector, model.policy) for m in network.modules() if m.training]
+
+
+def test_prices_come_back_and_shift_the_integer_policy_as_the_other_one(tmp_path: Path) -> None:
+    detector, policy = copy.deepcopy(trained("lsq_plus"))
+    prices, images = [PricePoint(9.0, 0.1), PricePoint(-2.0, 0.3)], random_images(5, seed=7)
+    save_packed(tmp_path / "p.pt", detector, policy, architecture(BITS["lsq_plus"]), CLASSES, SETTINGS, prices=prices)
+    model = load_packed(tmp_path / "p.pt")
+    assert list(model.prices) == prices
+    with torch.no_grad():
+        before = policy(images)
+        for network in (policy, model.policy):
+            network.shift_to_budget(prices, model.costs, 0.2)  # half-way: a price of 3.5
+        torch.testing.assert_close(policy(images), before - 3.5 * model.costs.gbitops_table().float())
+        assert torch.equal(model.policy(images), to_integer(policy)(images))
+    with pytest.raises(InputError, match="a budget of 0.4 GBitOps: expected 0.1 to 0.3"):
+        Predictor.of_packed(tmp_path / "p.pt", 0.4)
+    with pytest.raises(InputError, match=r"packed.pt: no prices for other budgets"):
+        Predictor.of_packed(save(tmp_path / "packed.pt", "lsq_plus"), 0.2)
 
 
 @torch.no_grad()

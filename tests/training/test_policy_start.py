@@ -13,14 +13,14 @@ import torch
 from instaqnas.config.command import Command
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.evaluation.sensitivity import Sensitivity
-from instaqnas.experiment.handover import pretrained_checkpoint
+from instaqnas.experiment.handover import Checkpoint, pretrained_checkpoint
 from instaqnas.experiment.parts import Experiment
 from instaqnas.policy.budget import Multiplier
 from instaqnas.policy.diagnostics import rank_correlation
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.switchable import calibrate
 from instaqnas.training import policy_start, stages
-from instaqnas.training.policy_start import begin_by_loss
+from instaqnas.training.policy_start import begin_by_effort, begin_by_loss
 
 OPTIONS = (
     "--reward.name=budget", "--reward.quality=loss", "--policy.effort=true", "--search.start=sensitivity",
@@ -179,3 +179,36 @@ def test_a_process_that_computes_alone_has_all_images(command: Command, monkeypa
     every = [key.index for batch in experiment.policy_images() for key in batch.keys]
     monkeypatch.setattr("instaqnas.distributed.rank", lambda: 1)  # of several, under `distributed.alone`
     assert [key.index for batch in experiment.policy_images() for key in batch.keys] == every == list(range(8))
+
+
+# --- The first policy of a pretraining --------------------------------------------------------------------------------
+
+
+def test_the_cost_of_an_image_grows_in_proportion_to_1_plus_effort(
+    finished_run: Path, make_command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = (
+        "--bits.positions=network", "--bits.choices=[[2, 2], [2, 3], [3, 3], [3, 4], [4, 4], [5, 5], [6, 6], [7, 7]]",
+        "--reward.name=budget", "--reward.target_gbitops=0.03", "--policy.effort=true",
+        "--pretrain_quant.configurations=policy", "--search.policy_batch_size=8",
+    )  # fmt: skip
+    experiment = Experiment(make_command("pretrain", tmp_path, *options).config)
+    source = Checkpoint.read(finished_run / "pretrain_fp32" / "last.pt")
+    detector, policy = experiment.quantized_detector(), experiment.policy()
+    images = torch.cat([batch.images for batch in experiment.policy_images()])
+    with torch.no_grad():
+        calibrate(policy, lambda: policy(images))
+    own, costs = policy_gbitops(policy, 64), detector_costs(detector)
+    with caplog.at_level(logging.INFO):
+        begin_by_effort(experiment, source, detector, policy, own)
+    assert "a first policy at 0.03 GBitOps" in caplog.text
+    with torch.no_grad():
+        chosen, efforts = policy(images).argmax(-1), policy.efforts(images).double()
+    table = costs.gbitops_table()[0]
+    ratio = table[chosen[:, 0]] / (1 + efforts).clamp(min=1e-3)
+    inside = (chosen[:, 0] > 0) & (chosen[:, 0] < 7)  # the cheapest and the most expensive are as far as it goes
+    assert inside.sum() >= 2
+    # Neighbouring levels are up to 1.5 apart, so the proportion holds up to the rounding to a level.
+    assert ratio[inside].max() / ratio[inside].min() < 1.6
+    step = (costs.highest() - costs.lowest()) / len(images)
+    assert abs(costs.gbitops(chosen).mean().item() + own - 0.03) < step
