@@ -23,7 +23,7 @@ Baseline = Literal["greedy", "rloo"]  # the reward that a sample is compared wit
 RewardName = Literal["quality", "ratio", "window_gate", "window_scaled", "window_signed", "budget"]
 PolicyInput = Literal["image", "stem"]  # `stem`: the features of the detector's first convolution
 SearchStart = Literal["uniform", "static", "sensitivity", "pretrained"]  # the first distribution of the policy
-Configurations = Literal["random", "sandwich", "policy"]  # the bits that a pretraining runs images at
+Configurations = Literal["random", "sandwich", "ends", "policy"]  # the bits that a pretraining runs images at
 
 OptimizerName = Literal["adamw", "sgd"]
 Augmentation = Literal["ssd", "flips"]

@@ -287,7 +287,9 @@ class PretrainQuantConfig(QuantTrainConfig):
 
     Args:
         configurations: of the images; `random`: every choice equally likely; `sandwich`: a third of each batch has the
-            cheapest choice at all positions, a third the most expensive one, the others random ones; `policy`: sampled
+            cheapest choice at all positions, a third the most expensive one, the others random ones; `ends`: every step
+            runs its batch at the most expensive choice at all positions, then at the cheapest one, which learns from
+            the outputs of the former, at twice the time and with `accumulate` 1; `policy`: sampled
             from a first policy, whose cost per image grows with the loss of the full-precision network, and is
             `reward.target_gbitops` on average. `policy` needs `policy.effort` and the reward `budget`.
         explore: share of the images that get random choices under `policy`, from 0 to 1.
@@ -432,7 +434,7 @@ class Config:
         _check_bits(self.bits)
         _check_reward(self.reward)
         _check_search(self)
-        _check_first_policy(self)
+        _check_configurations(self)
 
 
 # --- Settings that have to go together --------------------------------------------------------------------------------
@@ -509,8 +511,12 @@ def _check_search(config: Config) -> None:
         raise unexpected("pretrain_quant.configurations", expected, config.pretrain_quant.configurations)
 
 
-def _check_first_policy(config: Config) -> None:
-    if config.pretrain_quant.configurations != "policy":
+def _check_configurations(config: Config) -> None:
+    settings = config.pretrain_quant
+    if settings.configurations == "ends" and settings.accumulate > 1:
+        expected = "1 for pretrain_quant.configurations = ends"
+        raise unexpected("pretrain_quant.accumulate", expected, settings.accumulate)
+    if settings.configurations != "policy":
         return
     because = "for pretrain_quant.configurations = policy"
     if not config.policy.effort:

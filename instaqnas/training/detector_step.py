@@ -81,7 +81,8 @@ class StepResult:
     """Measurements of one step.
 
     Args:
-        losses: `loss`, and its terms as `loss_box`, `loss_class` and `loss_distill`; means over all processes.
+        losses: `loss`, and its terms as `loss_box`, `loss_class`, `loss_distill` and `loss_student`; means over all
+            processes.
         grad_norm: norm of the gradients before clipping, without quantizers.
         images: number of images of all processes.
         choices: how many of these images had each choice at each position, int64 [L, K] on the CPU.
@@ -104,6 +105,7 @@ def detector_step(
     accumulate: int,
     clip_grad_norm: float,
     teacher: Teacher | None,
+    choose_student: ChooseBits | None = None,
     step: int,
 ) -> StepResult:
     """Trains on one batch.
@@ -118,12 +120,14 @@ def detector_step(
         accumulate: number of equal parts of the batch, run one after the other, each with its own BatchNorm statistics.
         clip_grad_norm: largest norm of the gradients, separately for quantizers and others; 0 does not clip.
         teacher: to distill from, or None.
+        choose_student: configurations at which the batch runs once more, distilled from its own outputs under
+            `choose_bits`; needs `accumulate` 1.
         step: number in the stage, for messages.
 
     Raises: TrainingError at a loss or gradient that is not finite, before it reaches the weights.
     """
     optimizer.zero_grad(set_to_none=True)
-    losses, choices = _backward(network, batch, choose_bits, accumulate, teacher)
+    losses, choices = _backward(network, batch, choose_bits, accumulate, teacher, choose_student)
     norms = [_clipped_norm(group, clip_grad_norm) for group in (parameters.others, parameters.quantizers)]
 
     counts = F.one_hot(choices, len(distributed.own(network).choice_names)).sum(0)
@@ -146,9 +150,14 @@ def detector_step(
 
 
 def _backward(
-    network: nn.Module, batch: Batch, choose_bits: ChooseBits, parts: int, teacher: Teacher | None
+    network: nn.Module,
+    batch: Batch,
+    choose_bits: ChooseBits,
+    parts: int,
+    teacher: Teacher | None,
+    choose_student: ChooseBits | None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Adds the gradients of a batch; returns its losses, whose sum is minimised, and its choices [B, L].
+    """Adds the gradients of a batch; returns its losses, whose sum is minimised, and its choices [B or 2 B, L].
 
     With several processes losses and choices belong to the images of this process, gradients to all images.
     """
@@ -162,7 +171,7 @@ def _backward(
     losses: dict[str, Tensor] = {}
     choices = []
     for number, (part, target, distill_loss) in enumerate(zip(batches, targets.split(parts), distill, strict=True)):
-        is_last = number == parts - 1
+        is_last = number == parts - 1 and choose_student is None
         with contextlib.nullcontext() if is_last else distributed.only_own_gradients(network):
             observation = detector.observe(part.images)
             choices.append(choose_bits(observation.input, part.keys))
@@ -181,7 +190,19 @@ def _backward(
             (distributed.world_size() * sum_of(own)).backward()
         for name, value in own.items():
             losses[name] = losses.get(name, 0.0) + value.detach()
+    if choose_student is not None:
+        choices.append(choose_student(observation.input, batch.keys))
+        student = network(batch.images, choices[-1], observation.stem)
+        losses["student"] = _distill(student, output)
     return losses, torch.cat(choices)
+
+
+def _distill(student: SSDOutput, output: SSDOutput) -> Tensor:
+    """Adds the gradients of the distillation of `student` from `output`; returns its loss."""
+    target = SSDOutput(output.box_offsets.detach(), output.class_logits.detach())
+    loss = distillation_loss(student, target, distributed.total(foreground(target).sum()))
+    (distributed.world_size() * loss).backward()
+    return loss.detach()
 
 
 def sum_of(losses: dict[str, Tensor]) -> Tensor:

@@ -146,8 +146,16 @@ class DetectorTraining:
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.state.metrics.items())
         log.info("%s: done, %s", self.run_dir.stage.name, metrics)
 
-    def train_epoch(self, epoch: int, choose_bits: ChooseBits) -> dict[str, float]:
-        """One pass over the training split, or the rest of it after an interruption; returns its mean losses."""
+    def train_epoch(
+        self, epoch: int, choose_bits: ChooseBits, choose_student: ChooseBits | None = None
+    ) -> dict[str, float]:
+        """One pass over the training split, or the rest of it after an interruption; returns its mean losses.
+
+        Args:
+            epoch: its number, from 0.
+            choose_bits: bit configurations of the images.
+            choose_student: see `detector_step`.
+        """
         state, settings = self.state, self.settings
         sums = state.sums("detector")
         self.loader.set_epoch(epoch, first_batch=sums.steps)
@@ -166,6 +174,7 @@ class DetectorTraining:
                 accumulate=settings.accumulate,
                 clip_grad_norm=settings.clip_grad_norm,
                 teacher=self.teacher,
+                choose_student=choose_student,
                 step=state.detector_steps(len(self.loader)),
             )
             sums.add(result.losses, result.images, result.choices)

@@ -24,6 +24,7 @@ from instaqnas.errors import InputError
 from instaqnas.evaluation.baselines import Baselines
 from instaqnas.evaluation.comparison import measured_row, row_names, row_source
 from instaqnas.evaluation.report import format_table, write_report
+from instaqnas.evaluation.sensitivity import cheapest_and_most_expensive
 from instaqnas.experiment.checks import quick_preflight
 from instaqnas.experiment.handover import (
     Checkpoint,
@@ -101,6 +102,11 @@ def run_pretrain_quant(command: Command, experiment: Experiment) -> None:
                 begin_by_effort(experiment, source, detector, policy, own_gbitops)
         teacher = teacher_of(experiment, source, settings.distill_weight)
         training = DetectorTraining.begin(experiment, run_dir, detector, settings, teacher)
+        if settings.configurations == "ends":
+            ends = cheapest_and_most_expensive(detector_costs(detector))
+            validated = fixed(ends.most_expensive)
+            _train(training, validated, validated, choose_student=fixed(ends.cheapest))
+            return
         if policy is None:
             draw = experiment.choose_sandwich if settings.configurations == "sandwich" else experiment.choose_random
             _train(training, draw(PRETRAIN_QUANT.name), experiment.choose_random("validate"))
@@ -274,11 +280,15 @@ def prepare_process(config: Config) -> None:
 
 
 def _train(
-    training: DetectorTraining, choose_bits: ChooseBits, choose_in_use: ChooseBits, policy_gbitops: float = 0.0
+    training: DetectorTraining,
+    choose_bits: ChooseBits,
+    choose_in_use: ChooseBits,
+    policy_gbitops: float = 0.0,
+    choose_student: ChooseBits | None = None,
 ) -> None:
     """Trains to the last epoch under one way to choose bits, and validates under another."""
     for epoch in training.epochs():
-        scalars = training.train_epoch(epoch, choose_bits)
+        scalars = training.train_epoch(epoch, choose_bits, choose_student)
         scalars |= training.validate_epoch(choose_in_use, policy_gbitops)
         training.save_epoch(scalars, choose_in_use)
 

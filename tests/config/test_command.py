@@ -179,7 +179,7 @@ def test_help_shows_texts_of_several_lines_to_their_end(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         parse_command("search", ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "`sensitivity` needs `policy.effort`, the reward `budget` and `reward.quality` `loss`." in shown
+    assert "`pretrained` needs `pretrain_quant.configurations` `policy`." in shown
     assert "learning rate and losses of the detector are then ignored." in shown
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from instaqnas.bits import QuantizerName
 from instaqnas.data.loader import Batch
-from instaqnas.detector.ssd import DetectorBits, SwitchableSSD
+from instaqnas.detector.distillation import distillation_loss
+from instaqnas.detector.ssd import DetectorBits, SSDOutput, SwitchableSSD
 from instaqnas.errors import TrainingError
-from instaqnas.policy.bit_config import fixed
+from instaqnas.policy.bit_config import ChooseBits, fixed
 from instaqnas.quant.switchable import calibrate
 from instaqnas.seeds import SampleKey
 from instaqnas.training.detector_step import DistillLoss, Parameters, Teacher, detector_step
@@ -35,6 +36,7 @@ def train_one_step(
     accumulate: int = 1,
     quantizer: QuantizerName = "lsq_plus",
     step: int = 0,
+    choose_student: ChooseBits | None = None,
 ) -> tuple[dict[str, Tensor], EpochSums]:
     """How far every parameter moves in one step of SGD at learning rate 1, and what the epoch measures."""
     torch.manual_seed(0)
@@ -60,6 +62,7 @@ def train_one_step(
         accumulate=accumulate,
         clip_grad_norm=clip_grad_norm,
         teacher=teacher,
+        choose_student=choose_student,
         step=step,
     )
     sums.add(result.losses, result.images, result.choices)
@@ -120,6 +123,25 @@ def test_a_gradient_that_is_not_finite_is_named_with_the_step_of_the_stage_and_c
     message = r"step 7: a gradient is not finite, though the loss is \d.*; a lower lr or clip_grad_norm .*batch: a, b$"
     with pytest.raises(TrainingError, match=message):
         train_one_step(0.0, Root(), step=7)
+
+
+def test_a_student_learns_from_the_outputs_of_the_same_network_at_other_bits() -> None:
+    student = [1 - choice for choice in CONFIG]
+    moved, sums = train_one_step(0.0, choose_student=fixed(student))
+    torch.manual_seed(0)
+    bits = DetectorBits([(2, 2), (4, 4)], (8, 8), (8, 8), (4, 4), (8, 8))
+    detector, batch = SwitchableSSD(3, bits, image_size=64, width=0.125), random_batch()
+    calibrate(detector, lambda: detector(batch.images, fixed(CONFIG)(batch.images, KEYS)))
+    detector.train()
+    first, second = (detector(batch.images, fixed(choices)(batch.images, KEYS)) for choices in (CONFIG, student))
+    losses = detector.loss(first, batch.boxes_xyxy, batch.labels)
+    kept = SSDOutput(first.box_offsets.detach(), first.class_logits.detach())
+    distilled = distillation_loss(second, kept)
+    (sum(losses.values()) + distilled).backward()
+    for name, parameter in detector.named_parameters():
+        torch.testing.assert_close(moved[name], -parameter.grad, rtol=2e-3, atol=2e-5)
+    assert sums.means()["loss_student"] == pytest.approx(distilled.item(), rel=1e-5)
+    assert sums.choices.sum(1).tolist() == [2 * len(batch.image_ids)] * 13
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
