@@ -1,12 +1,12 @@
 """Finds levels on the static front of a run's network, and writes them to a file for `bits.levels`.
 
     python -m instaqnas.tools.levels --config configs/shapes_watch.yaml --run runs/watch --costs 0.3,0.6,1.1 \
-        --bits.positions all --out levels.json
+        --out levels.json
 
 Each level is the best bit configuration of all layers within one cost, in GBitOps of the detector, made of the pairs of
 `bits.choices`. Losses are measured on the val split, or the train split without one: on the run's quantized pretraining
-if it has been trained under `random` configurations of these positions, or with --init on another checkpoint. The one
-of a full-precision training saves that pretraining: layers are quantized one at a time.
+if it has been trained under `random` configurations of all layers (`--bits.positions all`), or with --init on another
+checkpoint. The one of a full-precision training saves that pretraining: layers are quantized one at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from instaqnas.files import write_text
 from instaqnas.tools.arguments import refuse, run_command, run_parser
 from instaqnas.tools.pack import prepare_file
 
+# Whatever the config says, unless overridden: the bits of every layer are free, and no policy is involved.
+EVERY_LAYER = (
+    "--bits.positions=all", "--bits.levels=null", "--pretrain_quant.configurations=random", "--search.start=uniform",
+    "--search.samples=1", "--reward.name=quality",
+)  # fmt: skip
+
 
 def costs_of(text: str) -> list[float]:
     """Numbers above 0, separated by commas."""
@@ -36,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = run_parser(
         "levels",
         "Find the best bits of all layers within each of some costs.",
-        "--bits.positions all",
+        "--bits.positions pointwise",
         init="the run's pretrained network",
     )
     parser.add_argument("--costs", required=True, type=costs_of, metavar="A,B,C", help="GBitOps of the detector")
@@ -44,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
     with exit_on_input_error():
         refuse(overrides, "--bits", "--budget")
-        command = run_command(options, overrides)
+        command = run_command(options, [*EVERY_LAYER, *overrides])
         if not 1 <= len(options.costs) <= 8:
             raise InputError(f"--costs: expected one to eight, got {len(options.costs)}")
         prepare_file(options.out)

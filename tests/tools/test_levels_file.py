@@ -12,6 +12,8 @@ from instaqnas.evaluation import sensitivity
 from instaqnas.experiment.parts import Experiment
 from instaqnas.tools.levels import main
 
+POINTWISE = "--bits.positions=pointwise"  # as the network was trained
+
 
 def test_the_file_is_a_list_of_levels_within_their_costs(
     finished_run: Path, config_file: Path, make_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -20,6 +22,7 @@ def test_the_file_is_a_list_of_levels_within_their_costs(
     monkeypatch.setattr(sensitivity, "MOST_IMAGES", 2)
     out = tmp_path / "new" / "levels.json"
     words = ["--config", str(config_file), "--run", str(finished_run), "--costs", "0.13,0.11", "--out", str(out)]
+    words.append(POINTWISE)
     main(words)
     written = json.loads(out.read_text())["levels"]
     assert capsys.readouterr().out.startswith(f"level0: {written[0]['gbitops']:.4g} GBitOps, loss ")
@@ -39,7 +42,7 @@ def test_costs_without_levels_are_refused(
 ) -> None:
     out = tmp_path / "levels.json"
     with pytest.raises(SystemExit) as error:
-        main(["--config", str(config_file), "--run", str(finished_run), "--costs", costs, "--out", str(out)])
+        main(["--config", str(config_file), "--run", str(finished_run), "--costs", costs, "--out", str(out), POINTWISE])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
