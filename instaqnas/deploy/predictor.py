@@ -1,28 +1,46 @@
-"""Runs policy and detector on single images: the Python interface for inference."""
+"""The Python interface for inference.
+
+from instaqnas.deploy import load
+
+detector = load("runs/shapes")  # or a packed file
+result = detector("photo.jpg")
+for name, score, box in zip(result.names, result.scores, result.boxes_xyxy):
+    print(name, float(score), box.tolist())
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from instaqnas.bits import Device
+from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config.command import Command
+from instaqnas.config.reading import from_plain
 from instaqnas.config.settings import EvalConfig
 from instaqnas.data.transforms import eval_transform
+from instaqnas.data.voc import read_image
+from instaqnas.deploy.packed import STAGE as PACKED
 from instaqnas.deploy.packed import load_packed
+from instaqnas.detector.postprocess import Detections
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.evaluation.inference import detect
-from instaqnas.experiment.handover import initial_checkpoint, latest_policy_checkpoint
+from instaqnas.experiment.handover import initial_checkpoint, latest_policy_checkpoint, latest_policy_path
 from instaqnas.experiment.parts import Experiment
 from instaqnas.experiment.stage import POLICY_KINDS
 from instaqnas.policy.bit_config import greedy_by
 from instaqnas.policy.network import PolicyNet, policy_gbitops
 from instaqnas.quant.bitops import CostTable
+
+Image = str | Path | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,7 @@ class Prediction:
     """Bits and detections of one image.
 
     Args:
+        class_names: of all classes, without background.
         bits: name of the choice at each position, such as w3a4.
         gbitops_detector: cost of the detector under these bits.
         gbitops_policy: cost of choosing them.
@@ -38,6 +57,7 @@ class Prediction:
         labels: [D], 1 for the first class name.
     """
 
+    class_names: tuple[str, ...]
     bits: list[str]
     gbitops_detector: float
     gbitops_policy: float
@@ -45,19 +65,29 @@ class Prediction:
     scores: Tensor
     labels: Tensor
 
-    def plain(self, class_names: tuple[str, ...]) -> dict[str, Any]:
+    @property
+    def names(self) -> list[str]:
+        """Class name of each detection."""
+        return [self.class_names[label - 1] for label in self.labels.tolist()]
+
+    @property
+    def gbitops(self) -> float:
+        """Cost of detector and policy."""
+        return self.gbitops_detector + self.gbitops_policy
+
+    def plain(self) -> dict[str, Any]:
         """Plain values for JSON; scores to 4 decimals, boxes to 2."""
-        found = zip(self.labels.tolist(), self.scores.tolist(), self.boxes_xyxy.tolist(), strict=True)
+        found = zip(self.names, self.scores.tolist(), self.boxes_xyxy.tolist(), strict=True)
         return {
             "bits": self.bits,
             "gbitops": {"detector": self.gbitops_detector, "policy": self.gbitops_policy},
             "detections": [
                 {
-                    "label": class_names[label - 1],
+                    "label": name,
                     "score": round(score, 4),
                     "box_xyxy": [round(value, 2) for value in box],
                 }
-                for label, score, box in found
+                for name, score, box in found
             ],
         }
 
@@ -120,26 +150,95 @@ class Predictor:
         parts = (model.detector, model.policy, model.costs, model.policy_gbitops, model.class_names)
         return Predictor(*parts, model.settings, torch.device("cpu"))
 
-    def predict(self, image: Tensor, score_threshold: float) -> Prediction:
-        """Detections on one image.
+    def __call__(self, images: Image | Sequence[Image], score_threshold: float = 0.3) -> Prediction | list[Prediction]:
+        """Detections on one image, or on each of several; several of any sizes run as one batch.
 
         Args:
-            image: uint8 RGB [3, H, W] of any size.
-            score_threshold: lowest score of a detection.
+            images: one or several of: RGB uint8 [H, W, 3] as an array, uint8 [3, H, W] as a tensor, or an image file,
+                whose EXIF orientation is applied.
+            score_threshold: lowest score of a detection, 0 to 1.
+
+        Returns: a prediction for one image, a list for several.
+
+        Raises: InputError if a file cannot be read, or an image has another shape or type; the message names which.
         """
-        resized = eval_transform(self.detector.image_size)({"image": tv_tensors.Image(image)})["image"]
-        images = resized[None].to(self.device)
-        observation = self.detector.observe(images)
+        if isinstance(images, str | Path | np.ndarray | Tensor):
+            return self.predict([as_tensor(images)], score_threshold)[0]
+        return self.predict([as_tensor(image, place) for place, image in enumerate(images)], score_threshold)
+
+    def predict(self, images: Sequence[Tensor], score_threshold: float) -> list[Prediction]:
+        """Detections on the images of a batch.
+
+        Args:
+            images: uint8 RGB [3, H, W], each of any size.
+            score_threshold: lowest score of a detection, 0 to 1.
+        """
+        if not images:
+            return []
+        transform = eval_transform(self.detector.image_size)
+        batch = torch.stack([transform({"image": tv_tensors.Image(image)})["image"] for image in images])
+        batch = batch.to(self.device)
+        observation = self.detector.observe(batch)
         choices = greedy_by(self.policy)(observation.input, ())
         settings = replace(self.settings, score_threshold=score_threshold)
-        found = detect(self.detector, images, choices, settings, observation.stem)
+        found = detect(self.detector, batch, choices, settings, observation.stem)
+        gbitops = self.costs.gbitops(choices).tolist()
+        return [
+            self._prediction(images[place], choices[place], gbitops[place], found, place) for place in range(len(batch))
+        ]
+
+    def _prediction(self, image: Tensor, choices: Tensor, gbitops: float, found: Detections, place: int) -> Prediction:
+        """The prediction of one image of a batch, its boxes in pixels of the image."""
         height, width = image.shape[1:]
         scale = torch.tensor([width, height, width, height]) / self.detector.image_size
+        kept = found.labels[place] > 0  # 0 is padding
         return Prediction(
-            [self.detector.choice_names[choice] for choice in choices[0].tolist()],
-            self.costs.gbitops(choices).item(),
-            self.policy_gbitops,
-            found.boxes_xyxy[0].cpu() * scale,
-            found.scores[0].cpu(),
-            found.labels[0].cpu(),
+            class_names=self.class_names,
+            bits=[self.detector.choice_names[choice] for choice in choices.tolist()],
+            gbitops_detector=gbitops,
+            gbitops_policy=self.policy_gbitops,
+            boxes_xyxy=found.boxes_xyxy[place, kept].cpu() * scale,
+            scores=found.scores[place, kept].cpu(),
+            labels=found.labels[place, kept].cpu(),
         )
+
+
+def load(path: str | Path, *, budget: float | None = None, device: Device = "auto") -> Predictor:
+    """A detector ready to predict, from the folder of a run, one of its checkpoints, or a packed file.
+
+    Args:
+        path: a folder that `search.py` or `finetune.py` wrote to, a checkpoint of theirs, or a file of
+            `instaqnas.tools.pack`.
+        budget: mean GBitOps that the policy is shifted to, itself included; None leaves it as trained.
+        device: `auto` takes CUDA if there is one; a packed file runs on the CPU.
+
+    Raises: InputError if there is no policy, a file cannot be read, or it has no such budget.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = latest_policy_path(path)
+    state = load_checkpoint(path)
+    if state["stage"] == PACKED:
+        return Predictor.of_packed(path, budget)
+    config = replace(from_plain(state["config"]), device=device)
+    return Predictor.of_run(Command(config, run=path.parent.parent, init=path, budget=budget))
+
+
+def as_tensor(image: Image, place: int = 0) -> Tensor:
+    """An image as uint8 RGB [3, H, W].
+
+    Args:
+        image: see `Predictor.__call__`.
+        place: its number among several, for messages.
+
+    Raises: InputError as there.
+    """
+    if isinstance(image, str | Path):
+        return torch.from_numpy(read_image(image, "upright")).permute(2, 0, 1)
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+            return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        raise InputError(f"image {place}: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3:
+        return image.cpu()
+    raise InputError(f"image {place}: expected uint8 [3, H, W], got {image.dtype} {list(image.shape)}")

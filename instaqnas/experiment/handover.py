@@ -222,6 +222,18 @@ def has_policy(run: Path) -> bool:
     return any(best_checkpoint(run, stage_named(kind)).exists() for kind in POLICY_KINDS)
 
 
+def latest_policy_path(run: Path) -> Path:
+    """Path of the checkpoint of a run's finetuning, or of its search if finetuning has not begun.
+
+    Raises: InputError if the run has neither.
+    """
+    for stage in (FINETUNE, SEARCH):
+        path = best_checkpoint(run, stage)
+        if path.exists():
+            return path
+    raise InputError(f"{run}: no checkpoint with a policy; run {SEARCH.script} first")
+
+
 def latest_policy_checkpoint(command: Command) -> Checkpoint:
     """The checkpoint of the finetuning, or of the search if finetuning has not begun.
 

@@ -54,8 +54,8 @@ def run_predict(
     predictor = load()
     for path, picture in zip(images, pictures, strict=True):
         image = torch.from_numpy(read_image(path, "upright")).permute(2, 0, 1)
-        found = predictor.predict(image, score_threshold)
-        print(json.dumps({"file": str(path), **found.plain(predictor.class_names)}), flush=True)
+        [found] = predictor.predict([image], score_threshold)
+        print(json.dumps({"file": str(path), **found.plain()}), flush=True)
         if picture is not None:
             drawn = draw_detections(image, found.boxes_xyxy, found.scores, found.labels, predictor.class_names)
             _write_png(picture, drawn)

@@ -17,8 +17,9 @@ from PIL import Image, ImageOps
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config.reading import from_plain
 from instaqnas.data.voc import read_image
-from instaqnas.deploy import predictor
+from instaqnas.deploy import load, predictor
 from instaqnas.detector.ssd import DetectorBits, detector_layers
+from instaqnas.errors import InputError
 from instaqnas.evaluation.inference import detect
 from instaqnas.policy.network import PolicyNet
 from instaqnas.tools import pack
@@ -323,3 +324,54 @@ def test_a_policy_on_the_stem_predicts_from_its_run_and_from_a_packed_file(
     main(["--packed", str(tmp_path / "packed.pt"), *images, "--score", "0.1"])
     assert capsys.readouterr().out.splitlines() == of_run
     assert all(json.loads(line)["detections"] for line in of_run)
+
+
+# --- From Python ------------------------------------------------------------------------------------------------------
+
+
+def test_python_gets_what_the_command_prints(folder: Path, packed: Path, predict: Predict, tmp_path: Path) -> None:
+    images = [write_photo(tmp_path / "a.jpg", 6), write_grey(tmp_path / "b.png", 50, 90)]
+    printed = predict(*images, "--score", "0.1")
+    run = folder / "runs" / "tiny"
+    for source in (run, run / "finetune" / "last.pt", packed):
+        detector = load(source, device="cpu")
+        results = detector(images, score_threshold=0.1)
+        assert [result.bits for result in results] == [found["bits"] for found in printed]
+        for result, found in zip(results, printed, strict=True):
+            assert result.names == [d["label"] for d in found["detections"]]
+            assert result.plain()["gbitops"] == found["gbitops"]
+            boxes = torch.tensor([d["box_xyxy"] for d in found["detections"]]).view(-1, 4)
+            torch.testing.assert_close(result.boxes_xyxy, boxes, rtol=0, atol=0.02)
+
+
+def test_files_arrays_and_tensors_are_the_same_image(packed: Path, tmp_path: Path) -> None:
+    path, detector = write_photo(tmp_path / "a.jpg", 1), load(packed)
+    pixels = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    single = detector(path, 0.1)
+    for image in (str(path), pixels, torch.from_numpy(pixels).permute(2, 0, 1)):
+        found = detector(image, 0.1)
+        assert torch.equal(found.scores, single.scores)
+        assert torch.equal(found.boxes_xyxy, single.boxes_xyxy)
+    assert len(single.scores) > 0
+    assert detector([]) == []
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((4, 4), np.uint8), r"image 1: expected uint8 \[H, W, 3\], got uint8 \[4, 4\]"),
+        (np.zeros((4, 4, 3), np.float32), r"image 1: expected uint8 \[H, W, 3\], got float32 \[4, 4, 3\]"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), r"image 1: expected uint8 \[3, H, W\], got torch.uint8 \[4, 4, 3\]"),
+        ("missing.jpg", "missing.jpg: cannot be read"),
+    ],
+)
+def test_other_images_are_refused_by_their_number(packed: Path, image: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(packed)([np.zeros((8, 8, 3), np.uint8), image])
+
+
+def test_a_folder_without_a_policy_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint with a policy; run search.py first"):
+        load(tmp_path)
+    with pytest.raises(InputError, match="no prices for other budgets"):
+        load(folder / "runs" / "tiny", budget=0.1)
