@@ -5,6 +5,9 @@
 
 The second form runs integer inference from a file written by `instaqnas.tools.pack`.
 
+An IMAGE is a file, a folder, or a pattern in quotes. An image that cannot be read is named on standard error, the
+others are done, and the exit status is 2.
+
 Prints one JSON line per image:
 
     file         path of the image
@@ -18,47 +21,83 @@ The EXIF orientation of images is applied.
 from __future__ import annotations
 
 import argparse
+import glob
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cv2
-import torch
 from torch import Tensor
 
-from instaqnas.data.voc import read_image
-from instaqnas.deploy.predictor import Predictor
+from instaqnas.deploy.predictor import Predictor, as_tensor
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.evaluation.pictures import draw_detections
 from instaqnas.tools.arguments import run_command
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
 
 def run_predict(
-    load: Callable[[], Predictor], images: Sequence[Path], score_threshold: float, out: Path | None
-) -> None:
-    """Detects objects in each image and prints one JSON line per image.
+    load: Callable[[], Predictor], images: Sequence[Path], score_threshold: float, out: Path | None, batch: int = 8
+) -> int:
+    """Prints one JSON line per image, in their order; returns the number of images that could not be read.
+
+    Each of these is named on standard error, and the others are done.
 
     Args:
         load: builds the predictor; called after the arguments are checked.
         images: image files.
         score_threshold: lowest score of a detection, 0 to 1.
-        out: folder for drawings of the detections, NAME_detections.png; None for no drawings.
+        out: folder for the images with their detections, NAME_detections.png; None writes none.
+        batch: images that run at once.
 
-    Raises: InputError if the predictor cannot be loaded, or an image cannot be read or written. Results of earlier
-        images are kept.
+    Raises: InputError if the predictor cannot be loaded, or an image cannot be written. The images before it have been
+        printed and written by then.
     """
     if not 0 <= score_threshold <= 1:
         raise InputError(f"--score: expected a number from 0 to 1, got {score_threshold}")
+    if batch < 1:
+        raise InputError(f"--batch: expected at least 1, got {batch}")
     pictures = [None] * len(images) if out is None else _picture_paths(images, out)
-    predictor = load()
-    for path, picture in zip(images, pictures, strict=True):
-        image = torch.from_numpy(read_image(path, "upright")).permute(2, 0, 1)
-        [found] = predictor.predict([image], score_threshold)
-        print(json.dumps({"file": str(path), **found.plain()}), flush=True)
-        if picture is not None:
-            drawn = draw_detections(image, found.boxes_xyxy, found.scores, found.labels, predictor.class_names)
-            _write_png(picture, drawn)
+    predictor, unreadable = load(), 0
+    for start in range(0, len(images), batch):
+        read: list[tuple[Path, Path | None, Tensor]] = []
+        for path, picture in zip(images[start : start + batch], pictures[start : start + batch], strict=True):
+            try:
+                read.append((path, picture, as_tensor(path)))
+            except InputError as error:
+                unreadable += 1
+                sys.stderr.write(f"error: {error}\n")
+        results = predictor.predict([image for _, _, image in read], score_threshold)
+        for (path, picture, image), found in zip(read, results, strict=True):
+            print(json.dumps({"file": str(path), **found.plain()}), flush=True)
+            if picture is not None:
+                drawn = draw_detections(image, found.boxes_xyxy, found.scores, found.labels, found.class_names)
+                _write_png(picture, drawn)
+    return unreadable
+
+
+def image_files(names: Sequence[str]) -> list[Path]:
+    """Image files in the order of `names`: files, all images of a folder, or the matches of a pattern such as "*.jpg".
+
+    Raises: InputError for a folder or pattern without images.
+    """
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        elif any(sign in name for sign in "*?[") and not path.exists():
+            inside = sorted(Path(match) for match in glob.glob(name, recursive=True))
+        else:
+            inside = [path]
+        if not inside:
+            raise InputError(f"{name}: no images there ({', '.join(IMAGE_SUFFIXES)})")
+        found += inside
+    return found
 
 
 def _picture_paths(images: Sequence[Path], out: Path) -> list[Path]:
@@ -89,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="Settings of the config can be overridden with an equals sign, for example --device=cpu.",
         allow_abbrev=False,
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders, or patterns such as '*.jpg'")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--config", metavar="FILE", help="YAML file of the experiment")
     model.add_argument("--packed", type=Path, metavar="FILE", help="file of instaqnas.tools.pack, integer only")
@@ -97,6 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--init", metavar="CHECKPOINT", help="checkpoint to use instead of the run's latest")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also draw the detections to PNG files here")
     parser.add_argument("--budget", type=float, metavar="GBITOPS", help="shift the policy to this mean cost")
+    parser.add_argument("--batch", type=int, default=8, help="images that run at once (default: 8)")
     parser.add_argument("--score", type=float, default=0.3, help="lowest score of a detection (default: 0.3)")
     options, overrides = parser.parse_known_args(arguments)
 
@@ -108,12 +148,12 @@ def main(arguments: list[str] | None = None) -> None:
             given = [f"--{name}" for name in ("run", "init") if getattr(options, name) is not None] + overrides
             if given:
                 raise InputError(f"{given[0]}: not together with --packed, which needs no config")
-            run_predict(
-                lambda: Predictor.of_packed(options.packed, options.budget), options.images, options.score, options.out
-            )
-            return
-        command = replace(run_command(options, overrides), budget=options.budget)
-        run_predict(lambda: Predictor.of_run(command), options.images, options.score, options.out)
+            load = partial(Predictor.of_packed, options.packed, options.budget)
+        else:
+            load = partial(Predictor.of_run, replace(run_command(options, overrides), budget=options.budget))
+        files = image_files(options.images)
+        if unreadable := run_predict(load, files, options.score, options.out, options.batch):
+            raise InputError(f"{unreadable} of {len(files)} images could not be read")
 
 
 if __name__ == "__main__":
