@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,13 +11,22 @@ from torch import nn
 
 from instaqnas import distributed
 from instaqnas.config.settings import Config
-from instaqnas.data.voc import check_image_header
+from instaqnas.data.voc import Annotation, check_image_header
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
+from instaqnas.experiment.data_checks import (
+    SplitObjects,
+    evaluation_warnings,
+    fraction_warnings,
+    objects_at,
+    shared_images,
+    training_warnings,
+)
 from instaqnas.experiment.parts import Experiment, TrainPart
 from instaqnas.experiment.stage import (
     EVAL,
     PRETRAIN_QUANT,
+    RUN_STAGES,
     SEARCH,
     TRAINING_STAGES,
     Stage,
@@ -28,9 +38,11 @@ from instaqnas.policy.network import policy_gbitops
 
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of an optimizer's state per parameter
 
+log = logging.getLogger(__name__)
+
 
 def quick_preflight(experiment: Experiment, run: Path, stages: Sequence[Stage], *, restart: bool = False) -> None:
-    """Runs all checks that take seconds: data, batches, disk and target.
+    """Runs all checks that take seconds: data, batches, disk and target; logs warnings.
 
     Args:
         experiment: parts of the config.
@@ -43,11 +55,59 @@ def quick_preflight(experiment: Experiment, run: Path, stages: Sequence[Stage], 
     for roots, split in splits_of(experiment.config, stages):
         with ThreadPoolExecutor() as pool:
             list(pool.map(check_image_header, experiment.annotations(roots, split)))
+    for line in data_warnings(experiment, stages):
+        log.warning("warning: %s", line)
     if stages[0] is not EVAL:
         check_batches(experiment, stages)
     check_disk(experiment, run, stages, restart=restart)
     if PRETRAIN_QUANT in stages or SEARCH in stages:  # the pretraining takes hours, and the search builds on it
         check_target(experiment)
+
+
+def data_warnings(experiment: Experiment, stages: Sequence[Stage]) -> list[str]:
+    """Lines about objects that do not count, classes without objects, and images that splits share.
+
+    Raises: InputError if a split has nothing to train on, or its boxes look like fractions of the image.
+    """
+    lines = []
+    for roots, split in splits_of(experiment.config, stages):
+        lines += fraction_warnings(split, experiment.annotations(roots, split))
+    if any(stage is not EVAL for stage in stages):
+        lines += training_warnings(training_objects(experiment), experiment.class_names)
+    for objects in evaluated_objects(experiment, stages):
+        lines += evaluation_warnings(objects)
+    return lines + _shared_image_warnings(experiment) if distributed.is_writer() else lines
+
+
+def training_objects(experiment: Experiment) -> SplitObjects:
+    """Objects of the images that the detector is trained on."""
+    data = experiment.config.data
+    annotations = experiment.annotations(data.roots, data.train_split)
+    used = [annotations[index] for index in experiment.train_indices("detector")]
+    return objects_at(data.train_split, used, experiment.config.detector.image_size)
+
+
+def evaluated_objects(experiment: Experiment, stages: Sequence[Stage]) -> list[SplitObjects]:
+    """Objects of the val and test splits that `stages` evaluate on."""
+    data, found = experiment.config.data, []
+    if data.val_split and any(stage is not EVAL for stage in stages):
+        found.append((data.roots, data.val_split))
+    if EVAL in stages:
+        found.append((data.test_roots or data.roots, data.test_split))
+    image_size = experiment.config.detector.image_size
+    return [objects_at(split, experiment.annotations(roots, split), image_size) for roots, split in found]
+
+
+def _shared_image_warnings(experiment: Experiment) -> list[str]:
+    """Lines about images that train, val and test share, and about splits that cannot be read for the comparison."""
+    found: list[tuple[str, list[Annotation]]] = []
+    lines = []
+    for roots, split in splits_of(experiment.config, RUN_STAGES):
+        try:
+            found.append((split, experiment.annotations(roots, split)))
+        except InputError as error:  # this stage may not need it
+            lines.append(f"images of split {split!r} were not compared with other splits ({error})")
+    return lines + shared_images(found)
 
 
 def check_batches(experiment: Experiment, stages: Sequence[Stage]) -> None:

@@ -14,6 +14,7 @@ With several processes only the first one writes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -207,6 +208,7 @@ class RunDir:
     def log_epoch(self, epoch: int, step: int, scalars: dict[str, float], choices: Tensor | None) -> None:
         """Writes one line of metrics.jsonl, and the same scalars and histograms of the choices to TensorBoard.
 
+        In the file, null stands for a scalar that is not finite, such as the mAP of a split where no object counts.
         Lines of this epoch and later ones, which an interrupted run may have left, are removed.
 
         Args:
@@ -219,7 +221,9 @@ class RunDir:
             return
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines()[: epoch - 1] if file.exists() else []
-        write_text(file, "\n".join([*lines, json.dumps({"epoch": epoch, "step": step, **scalars})]) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
+        line = json.dumps({"epoch": epoch, "step": step, **numbers}, allow_nan=False)
+        write_text(file, "\n".join([*lines, line]) + "\n")
         self.log_step(step, scalars)
         if choices is not None and choices.shape[1] > 1:
             for position, counts in enumerate(choices):

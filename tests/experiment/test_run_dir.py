@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import multiprocessing
 import os
 import signal
@@ -73,3 +75,13 @@ def test_a_stage_that_has_ended_can_be_set_aside(tmp_path: Path) -> None:
     set_aside(tmp_path / "finetune")
     assert (tmp_path / "finetune.old-1" / "config.yaml").exists()
     assert not (tmp_path / "finetune").exists()
+
+
+def test_metrics_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    """Python alone would write NaN, which JSON does not have."""
+    with RunDir(tmp_path, FINETUNE, {}, []) as run_dir:
+        run_dir.open_tensorboard(0)
+        run_dir.log_epoch(1, 5, {"loss": 0.25, "eval/map": math.nan, "norm": math.inf}, None)
+    (line,) = (tmp_path / "finetune" / "metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(line, parse_constant=pytest.fail)
+    assert metrics == {"epoch": 1, "step": 5, "loss": 0.25, "eval/map": None, "norm": None}
