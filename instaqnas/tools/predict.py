@@ -27,7 +27,7 @@ import cv2
 import torch
 from torch import Tensor
 
-from instaqnas.data.voc import read_image
+from instaqnas.data.images import read_image
 from instaqnas.deploy.predictor import Predictor
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.evaluation.pictures import draw_detections
