@@ -28,6 +28,8 @@ Configurations = Literal["random", "sandwich", "ends", "policy"]  # the bits tha
 OptimizerName = Literal["adamw", "sgd"]
 Augmentation = Literal["ssd", "flips"]
 ImageCache = Literal["none", "ram"]
+# Pixels that boxes refer to; `auto`: stored ones, unless only the upright picture has the annotated size.
+Orientation = Literal["stored", "upright", "auto"]
 Device = Literal["auto", "cpu", "cuda"]
 Script = Literal["pretrain", "search", "finetune", "eval"]  # the entry scripts, without .py
 

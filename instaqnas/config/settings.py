@@ -19,6 +19,7 @@ from instaqnas.bits import (
     Device,
     ImageCache,
     OptimizerName,
+    Orientation,
     PolicyInput,
     Positions,
     QuantizerName,
@@ -71,6 +72,8 @@ class DataConfig:
         vertical_flip: flip training images upside down too (microscopy, drawings).
         workers: processes that decode and augment; 0: the main process does it; -1: one per CPU, at most 8.
         cache: `ram` decodes every training image once and keeps it, its shorter side at most twice `image_size`.
+        orientation: pixels that boxes refer to in images with an EXIF orientation: `stored` ones, those of the
+            `upright` picture, or `auto`: stored, unless only the upright picture has the size in the annotation.
         policy_share: fraction of the train split that trains only the policy, from 0 to below 1; the rest trains the
             detector. 0: all images train both.
     """
@@ -84,6 +87,7 @@ class DataConfig:
     vertical_flip: bool = False
     workers: int = setting(-1, WORKERS)
     cache: ImageCache = "none"
+    orientation: Orientation = "auto"
     policy_share: float = setting(0.0, FRACTION_BELOW_1)
 
 

@@ -6,6 +6,7 @@ so workers have no random state of their own, and a resumed run gets the same pi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 
 from instaqnas.data.transforms import Sample, SampleTransform
-from instaqnas.data.voc import Annotation, check_size, read_image
+from instaqnas.data.voc import Annotation, read_pixels
 from instaqnas.errors import InputError
 from instaqnas.seeds import SampleKey, derived_seed
 
@@ -127,7 +128,7 @@ class DetectionDataset(Dataset[Sample]):
             InputError: the image cannot be read, or the annotation gives another size.
         """
         annotation = self.annotations[key.index]
-        pixels = _read_pixels(annotation) if self.images is None else self.images[key.index]
+        pixels = read_pixels(annotation) if self.images is None else self.images[key.index]
         sample = _sample(annotation, pixels)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also seed CUDA's generator, which fork_rng does not restore here.
@@ -145,7 +146,7 @@ def load_images(annotations: Sequence[Annotation], side: int) -> list[np.ndarray
         InputError: as `DetectionDataset.__getitem__`.
     """
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda annotation: _shrunk(_read_pixels(annotation), side), annotations))
+        return list(pool.map(lambda annotation: _shrunk(read_pixels(annotation), side), annotations))
 
 
 class EpochBatchSampler(Sampler[list[SampleKey]]):
@@ -267,18 +268,11 @@ def make_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_prepare_worker,
         persistent_workers=workers > 0,
         # Unused, but without it the loader would draw from the default generator, how often depending on `workers`.
         generator=torch.Generator(),
     )
-
-
-def _read_pixels(annotation: Annotation) -> np.ndarray:
-    pixels = read_image(annotation.image_path)
-    height, width = pixels.shape[:2]
-    check_size(annotation, width, height)
-    return pixels
 
 
 def _shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -299,6 +293,8 @@ def _sample(annotation: Annotation, pixels: np.ndarray) -> Sample:
     }
 
 
-def _use_one_thread(_worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     # PyTorch limits only its own threads in workers, and OpenCV's thread pool would not survive the fork.
     cv2.setNumThreads(0)
+    if worker > 0:  # the first one says it for all
+        warnings.simplefilter("ignore")

@@ -1,9 +1,9 @@
 """Reads datasets in PASCAL VOC layout.
 
     ROOT/labels.txt                   class names, one per line, without background; if absent, the 20 VOC classes
-    ROOT/ImageSets/Main/SPLIT.txt     one image id per line; further columns are ignored
+    ROOT/ImageSets/Main/SPLIT.txt     one image id per line, see voc_lists.py
     ROOT/Annotations/ID.xml           objects, see voc_xml.py
-    ROOT/JPEGImages/ID.jpg            or .jpeg, .png
+    ROOT/JPEGImages/ID.jpg            or .jpeg, .png, .bmp, .webp, and these in capitals
     ROOT/difficulty.csv               difficulty of images, optional
 
 Several roots can be joined, as in VOC07+12.
@@ -15,23 +15,26 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
-import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from instaqnas.data.voc_xml import KnownClasses, finite_number, parse_annotation
+from instaqnas.bits import Orientation
+from instaqnas.data.images import read_header, read_image
+from instaqnas.data.voc_lists import ListLine, find_files, read_list, read_text
+from instaqnas.data.voc_xml import KnownClasses, UnknownClassError, finite_number, first_class, parse_annotation
 from instaqnas.errors import InputError
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_NAMED_OBJECTS = 10  # in a warning
+MOST_WITHOUT_OBJECTS = 100  # annotations that are searched for the first object
 DIFFICULTY_HEADER = "image_id,difficulty"
 
 
@@ -47,8 +50,9 @@ class Annotation:
         boxes_xyxy: float32 [N, 4], continuous pixels counted from 0, inside [0, width] x [0, height].
         labels: int64 [N], 1 for the first class name (0 is background).
         difficult: bool [N].
-        width: of the stored image, in pixels.
-        height: of the stored image, in pixels.
+        width: of the picture that the boxes refer to, in pixels.
+        height: of the picture that the boxes refer to, in pixels.
+        orientation: of the picture that the boxes refer to.
         difficulty: of the image, from the root's difficulty.csv; NaN if unknown.
     """
 
@@ -59,6 +63,7 @@ class Annotation:
     difficult: np.ndarray
     width: int
     height: int
+    orientation: Orientation = "auto"
     difficulty: float = math.nan
 
 
@@ -83,8 +88,8 @@ def read_class_names(roots: Sequence[str | Path]) -> tuple[str, ...]:
     """The class names of all `roots`, without background: from labels.txt if there is one, else `VOC_CLASSES`.
 
     Raises:
-        InputError: no root, a root not in VOC layout, roots with different names, or a labels.txt that is empty,
-            repeats a name or lists the background.
+        InputError: no root, a root not in VOC layout, roots with different names, a labels.txt that is empty, repeats
+            a name or lists the background, or none though the annotations begin with another class than VOC's.
     """
     if not roots:
         raise InputError("no data root given")
@@ -96,7 +101,9 @@ def read_class_names(roots: Sequence[str | Path]) -> tuple[str, ...]:
     return names
 
 
-def read_split(roots: Sequence[str | Path], split: str, class_names: Sequence[str]) -> list[Annotation]:
+def read_split(
+    roots: Sequence[str | Path], split: str, class_names: Sequence[str], orientation: Orientation = "auto"
+) -> list[Annotation]:
     """The annotations of one split of all `roots`, in the order of the split files.
 
     Boxes are converted as in `parse_annotation`. Boxes without area (drawn by accident) are dropped, and one warning
@@ -105,7 +112,7 @@ def read_split(roots: Sequence[str | Path], split: str, class_names: Sequence[st
     Raises:
         InputError: wrong root, unknown or empty split, missing or broken file, wrong field; it names file and field.
     """
-    annotations, dropped = _read_annotations(roots, split, class_names, _raise)
+    annotations, dropped = _read_annotations(roots, split, class_names, orientation, _raise)
     if not any(len(annotation.labels) for annotation in annotations):
         raise InputError(f"{_named(roots, split)}: no objects")
     if dropped:
@@ -127,7 +134,7 @@ def read_difficulties(root: str | Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     difficulties: dict[str, float] = {}
-    for number, line in enumerate(map(str.strip, _read_text(path).splitlines()), start=1):
+    for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
         where = f"{path}, line {number}"
         if number == 1 and line != DIFFICULTY_HEADER:
             raise InputError(f"{where}: expected {DIFFICULTY_HEADER}, got {line!r}")
@@ -143,34 +150,43 @@ def read_difficulties(root: str | Path) -> dict[str, float]:
     return difficulties
 
 
-def check_split(roots: Sequence[str | Path], split: str, class_names: Sequence[str]) -> SplitCheck:
-    """Reads all annotations and image headers of one split of all `roots`; collects problems instead of raising."""
+def check_split(
+    roots: Sequence[str | Path], split: str, class_names: Sequence[str], orientation: Orientation = "auto"
+) -> SplitCheck:
+    """Reads all annotations and image headers of one split of all `roots`; collects problems instead of raising.
+
+    Of the objects with an unknown class, one problem is reported for each class, or a single one without labels.txt.
+    """
     errors: list[InputError] = []
-    annotations, dropped = _read_annotations(roots, split, class_names, errors.append)
+    annotations, dropped = _read_annotations(roots, split, class_names, orientation, errors.append)
     for annotation in annotations:
         try:
             check_image_header(annotation)
         except InputError as error:
             errors.append(error)
     objects = sum(len(annotation.labels) for annotation in annotations)
-    if objects == 0:
+    if objects == 0 and not errors:
         errors.append(InputError(f"{_named(roots, split)}: no objects"))
     return SplitCheck(len(annotations), objects, dropped, list(map(str, errors)))
 
 
 def check_image_header(annotation: Annotation) -> None:
-    """Raises InputError if an image cannot be opened, or if its header gives another size than the annotation."""
-    path = annotation.image_path
-    try:
-        with Image.open(path) as image:
-            size = image.size
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a readable image") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # damaged header, or huge size
-        raise InputError(f"{path}: not a readable image ({error})") from error
-    check_size(annotation, *size)
+    """Raises InputError if an image cannot be opened, or if its header gives another size than the annotation.
+
+    Warns if the image has an EXIF orientation and nothing tells whether its boxes refer to the upright picture.
+    """
+    header = read_header(annotation.image_path)
+    annotated, stored, upright = (annotation.width, annotation.height), header.stored_size, header.upright_size
+    asked = annotation.orientation
+    used = upright if asked == "upright" or (asked == "auto" and annotated == upright) else stored
+    if annotated != used and annotated in (stored, upright):
+        raise InputError(
+            f"{annotation.image_path}: its annotation has the size of the {'upright' if used == stored else 'stored'} "
+            f"picture, {annotated[0]} x {annotated[1]}, but data.orientation is {asked}"
+        )
+    check_size(annotation, *used)
+    if asked == "auto" and header.is_turned and stored == upright:
+        _warn_of_orientation(annotation.image_path)
 
 
 def check_size(annotation: Annotation, width: int, height: int) -> None:
@@ -182,25 +198,19 @@ def check_size(annotation: Annotation, width: int, height: int) -> None:
         )
 
 
-def read_image(path: str | Path, orientation: Literal["stored", "upright"] = "stored") -> np.ndarray:
-    """The pixels of an image file: uint8 [height, width, 3], RGB.
+def read_pixels(annotation: Annotation) -> np.ndarray:
+    """The picture that the boxes of an annotation refer to: uint8 [height, width, 3], RGB.
 
-    `stored` ignores an EXIF orientation, because VOC boxes refer to stored pixels; `upright` applies it.
-
-    Raises:
-        InputError: the file cannot be read or decoded.
+    Raises: InputError if the image cannot be read, or the annotation gives another size.
     """
-    try:
-        encoded = np.fromfile(path, np.uint8)
-        ignore = cv2.IMREAD_IGNORE_ORIENTATION if orientation == "stored" else 0
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | ignore)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except cv2.error as error:
-        raise InputError(f"{path}: not a readable image") from error
-    if image is None:
-        raise InputError(f"{path}: not a readable image")
-    return image
+    path, size = annotation.image_path, (annotation.height, annotation.width)
+    pixels = read_image(path, "upright" if annotation.orientation == "upright" else "stored")
+    if annotation.orientation == "auto" and pixels.shape[:2] != size:
+        upright = read_image(path, "upright")
+        pixels = upright if upright.shape[:2] == size else pixels
+    height, width = pixels.shape[:2]
+    check_size(annotation, width, height)
+    return pixels
 
 
 def _raise(error: InputError) -> NoReturn:
@@ -212,30 +222,38 @@ def _named(roots: Sequence[str | Path], split: str) -> str:
 
 
 def _read_annotations(
-    roots: Sequence[str | Path], split: str, class_names: Sequence[str], on_error: Callable[[InputError], None]
+    roots: Sequence[str | Path],
+    split: str,
+    class_names: Sequence[str],
+    orientation: Orientation,
+    on_error: Callable[[InputError], None],
 ) -> tuple[list[Annotation], list[str]]:
     """Annotations of a split, and names of its objects without area; continues after an error if `on_error` returns."""
-    label_of = {name: label for label, name in enumerate(class_names, start=1)}
     annotations: list[Annotation] = []
     without_area: list[str] = []
     for root in map(Path, roots):
+        classes = KnownClasses({name: label for label, name in enumerate(class_names, start=1)}, _labels_source(root))
         try:
             _check_layout(root)
-            ids = _read_ids(root, split, class_names)
+            lines = read_list(root, split, class_names)
             difficulties = read_difficulties(root)
         except InputError as error:
             on_error(error)
             continue
-        classes = KnownClasses(label_of, _labels_source(root))
-        for image_id in ids:
+        told: set[str] = set()
+        for line in lines:
             try:
-                annotation, zero_area = _read_annotation(root, image_id, classes)
-                annotation = replace(annotation, difficulty=difficulties.get(image_id, math.nan))
+                annotation, zero_area = _read_annotation(root, line, classes, orientation)
+            except UnknownClassError as error:
+                name = error.class_name if _has_labels(root) else ""  # one stands for all that labels.txt would list
+                if name not in told:
+                    on_error(error)
+                told.add(name)
             except InputError as error:
                 on_error(error)
-                continue
-            annotations.append(annotation)
-            without_area += [f"{image_id}.xml object {i}" for i in zero_area]
+            else:
+                annotations.append(replace(annotation, difficulty=difficulties.get(line.image_id, math.nan)))
+                without_area += [f"{line.image_id}.xml object {i}" for i in zero_area]
     return annotations, without_area
 
 
@@ -251,26 +269,24 @@ def _check_layout(root: Path) -> None:
             raise InputError(f"{root}: no folder {name}, so not in PASCAL VOC layout")
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text") from error
-
-
 def _read_lines(path: Path) -> list[str]:
-    return [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def _has_labels(root: Path) -> bool:
+    return (root / "labels.txt").is_file()
 
 
 def _labels_source(root: Path) -> str:
     path = root / "labels.txt"
-    return str(path) if path.is_file() else f"{root} (without labels.txt: the VOC classes)"
+    return str(path) if _has_labels(root) else f"{root} (without labels.txt: the VOC classes)"
 
 
 def _read_root_classes(root: Path) -> tuple[str, ...]:
     _check_layout(root)
     path = root / "labels.txt"
     if not path.is_file():
+        _check_voc_classes(root)
         return VOC_CLASSES
     names = tuple(_read_lines(path))
     if not names:
@@ -283,42 +299,55 @@ def _read_root_classes(root: Path) -> tuple[str, ...]:
     return names
 
 
-def _read_ids(root: Path, split: str, class_names: Sequence[str]) -> list[str]:
-    folder = root / "ImageSets" / "Main"
-    path = folder / f"{split}.txt"
-    if not path.is_file():
-        # VOC also has a file per class and split, such as cat_train.txt; they would bury the few split names.
-        stems = sorted(file.stem for file in folder.glob("*.txt"))
-        known = [stem for stem in stems if not any(stem.startswith(f"{name}_") for name in class_names)]
-        raise InputError(f"{folder}: no split {split!r}; known: {_join(known) or 'none'}")
-    ids = [line.split()[0] for line in _read_lines(path)]
-    if not ids:
-        raise InputError(f"{path}: the split is empty")
-    image_id, count = Counter(ids).most_common(1)[0]
-    if count > 1:
-        raise InputError(f"{path}: {image_id!r} is listed {count} times")
-    return ids
+def _check_voc_classes(root: Path) -> None:
+    """Raises InputError if the first object of the annotations is not of VOC.
+
+    Otherwise a forgotten labels.txt would be an error of each of them.
+    """
+    for path in sorted((root / "Annotations").glob("*.xml"))[:MOST_WITHOUT_OBJECTS]:
+        name = None
+        with suppress(InputError):  # it is reported if a split lists it
+            name = first_class(path)
+        if name in VOC_CLASSES:
+            return
+        if name is not None:
+            raise InputError(
+                f"{root}: no labels.txt with the class names, one a line; {path.name} has {name!r}, no class of VOC"
+            )
 
 
-def _read_annotation(root: Path, image_id: str, classes: KnownClasses) -> tuple[Annotation, list[int]]:
+def _read_annotation(
+    root: Path, line: ListLine, classes: KnownClasses, orientation: Orientation
+) -> tuple[Annotation, list[int]]:
     """The annotation of one image without its objects that have no area, and the numbers of these objects."""
-    xml = parse_annotation(root / "Annotations" / f"{image_id}.xml", classes)
+    files = find_files(root, line)
+    xml = parse_annotation(files.annotation_path, classes, partial(_image_size, files.image_path, orientation))
     kept = [o for o in xml.objects if o.box_xyxy is not None]
     annotation = Annotation(
-        image_id,
-        _find_image(root, image_id),
+        line.image_id,
+        files.image_path,
         np.array([o.box_xyxy for o in kept], np.float32).reshape(-1, 4),
         np.array([o.label for o in kept], np.int64),
         np.array([o.difficult for o in kept], bool),
         xml.width,
         xml.height,
+        orientation,
     )
     return annotation, [i for i, o in enumerate(xml.objects) if o.box_xyxy is None]
 
 
-def _find_image(root: Path, image_id: str) -> Path:
-    for suffix in IMAGE_SUFFIXES:
-        path = root / "JPEGImages" / f"{image_id}{suffix}"
-        if path.is_file():
-            return path
-    raise InputError(f"{root / 'JPEGImages' / image_id}.jpg: no such image, nor as {_join(IMAGE_SUFFIXES[1:])}")
+def _image_size(path: Path, orientation: Orientation) -> tuple[int, int]:
+    """(width, height) of the picture for an annotation that does not tell."""
+    header = read_header(path)
+    if orientation == "auto" and header.stored_size != header.upright_size:
+        _warn_of_orientation(path)
+    return header.upright_size if orientation == "upright" else header.stored_size
+
+
+def _warn_of_orientation(path: Path) -> None:
+    # No file name: Python shows each text once.
+    warnings.warn(
+        f"{path.parent}: some images have an EXIF orientation, and the sizes in their annotations do not tell whether "
+        "boxes refer to the upright picture; they are read as stored, unless data.orientation is upright",
+        stacklevel=2,
+    )

@@ -25,8 +25,8 @@ from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config.command import Command
 from instaqnas.config.reading import from_plain
 from instaqnas.config.settings import EvalConfig
+from instaqnas.data.images import read_image
 from instaqnas.data.transforms import eval_transform
-from instaqnas.data.voc import read_image
 from instaqnas.deploy.packed import STAGE as PACKED
 from instaqnas.deploy.packed import load_packed
 from instaqnas.detector.postprocess import Detections

@@ -175,7 +175,7 @@ class Experiment:
         """Annotations of a split of `roots`, read once."""
         key = (*roots, split)
         if key not in self._annotations:
-            self._annotations[key] = read_split(roots, split, self.class_names)
+            self._annotations[key] = read_split(roots, split, self.class_names, self.config.data.orientation)
         return self._annotations[key]
 
     def tuning_annotations(self) -> list[Annotation]:

@@ -49,10 +49,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from instaqnas.cpus import available_cpus
+from instaqnas.data.images import read_image
 from instaqnas.data.loader import DetectionDataset, make_loader
 from instaqnas.data.shapes import generate_shapes
 from instaqnas.data.transforms import train_transform
-from instaqnas.data.voc import VOC_CLASSES, read_class_names, read_image, read_split
+from instaqnas.data.voc import VOC_CLASSES, read_class_names, read_split
 from instaqnas.errors import InputError, exit_on_input_error
 from instaqnas.metrics.voc import DetectionRecords, voc_map
 from instaqnas.quant.fused import compile_passes

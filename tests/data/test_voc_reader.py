@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from instaqnas.data import voc
 from instaqnas.errors import InputError
@@ -58,15 +60,20 @@ def test_path_and_filename_are_not_followed(tmp_path):
     assert read_one(tmp_path, extra, object_xml((1, 1, 9, 9))).image_path == tmp_path / "JPEGImages/a.jpg"
 
 
-@pytest.mark.parametrize("suffix", [".jpeg", ".png"])
+@pytest.mark.parametrize("suffix", [".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG", ".BMP", ".WEBP"])
 def test_other_image_suffixes_are_found(tmp_path, suffix):
     root = write_root(tmp_path, {"a": SIZE + object_xml((1, 1, 10, 10))})
-    (root / "JPEGImages/a.jpg").rename(root / f"JPEGImages/a{suffix}")
+    (root / "JPEGImages/a.jpg").unlink()
+    Image.new("RGB", (100, 80), (200, 200, 200)).save(root / f"JPEGImages/a{suffix}")
     (annotation,) = voc.read_split([root], "train", ("cat",))
     assert annotation.image_path.name == f"a{suffix}"
+    voc.check_image_header(annotation)
+    pixels = voc.read_pixels(annotation)
+    assert pixels.shape == (80, 100, 3)
+    assert abs(pixels.astype(int) - 200).max() <= 2
 
 
-def test_roots_are_joined_in_order_and_further_columns_of_a_split_are_ignored(tmp_path):
+def test_roots_are_joined_in_order_and_flags_of_a_split_are_dropped(tmp_path):
     body = SIZE + object_xml((1, 1, 10, 10))
     first, second = write_root(tmp_path / "07", {"b": body, "a": body}), write_root(tmp_path / "12", {"a": body})
     (first / "ImageSets/Main/train.txt").write_text("b  1\r\n\na -1\n")
@@ -74,6 +81,39 @@ def test_roots_are_joined_in_order_and_further_columns_of_a_split_are_ignored(tm
     assert [str(a.image_path.relative_to(tmp_path)) for a in annotations] == [
         "07/JPEGImages/b.jpg", "07/JPEGImages/a.jpg", "12/JPEGImages/a.jpg",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("dog 2\ndog\n", ["dog 2", "dog"]),
+        ("dog 1 \n", ["dog 1"]),
+        ("dog 1 -1\ndog\t0\n", ["dog 1", "dog"]),
+        ("dog 2  1\n", ["dog 2"]),
+        ("dog  x\n", ["dog  x"]),
+        ("0\n1\n", ["0", "1"]),
+    ],
+)
+def test_ids_have_blanks_and_flags_behind_them_are_dropped(tmp_path, text, ids):
+    bodies = dict.fromkeys(("dog", "dog 1", "dog 2", "dog  x", "0", "1"), SIZE + object_xml((1, 1, 10, 10)))
+    root = write_root(tmp_path, bodies)
+    (root / "ImageSets/Main/train.txt").write_text(text)
+    annotations = voc.read_split([root], "train", ("cat",))
+    assert [a.image_id for a in annotations] == [a.image_path.stem for a in annotations] == ids
+
+
+@pytest.mark.parametrize(("line", "stem"), [("a.jpg", "a"), ("b.PNG", "b"), ("a.xml", "a")])
+def test_an_id_with_suffix_is_named_with_its_line_and_the_id_that_is_wanted(tmp_path, line, stem):
+    root = write_root(tmp_path, {"a": SIZE, "b": SIZE})
+    (root / "ImageSets/Main/train.txt").write_text(f"\n{line}\n")
+    where = f"{root}/ImageSets/Main/train.txt, line 2"
+    assert_split_error(root, f"{where}: no annotation {root}/Annotations/{line}.xml; ids have no suffix: {stem}")
+
+
+def test_a_dot_in_an_id_is_no_suffix(tmp_path):
+    root = write_root(tmp_path, {"a.jpg.rf.1f": SIZE + object_xml((1, 1, 10, 10))})
+    (annotation,) = voc.read_split([root], "train", ("cat",))
+    assert annotation.image_path.name == "a.jpg.rf.1f.jpg"
 
 
 def test_one_warning_counts_and_names_boxes_without_area(tmp_path):
@@ -147,9 +187,11 @@ def test_a_split_that_is_not_text_is_an_error(tmp_path):
 def test_missing_files_are_named(tmp_path):
     root = write_root(tmp_path, {"a": SIZE + object_xml((1, 1, 9, 9))})
     (root / "JPEGImages/a.jpg").unlink()
-    assert_split_error(root, f"{root}/JPEGImages/a.jpg: no such image, nor as .jpeg, .png")
+    where = f"{root}/ImageSets/Main/train.txt, line 1"
+    suffixes = ".jpeg, .png, .bmp, .webp, in small letters or capitals"
+    assert_split_error(root, f"{where}: no image {root}/JPEGImages/a.jpg, nor {suffixes}")
     (root / "Annotations/a.xml").unlink()
-    assert_split_error(root, f"{root}/Annotations/a.xml: cannot be read: No such file or directory")
+    assert_split_error(root, f"{where}: no annotation {root}/Annotations/a.xml")
 
 
 def test_class_names_are_the_lines_of_labels_txt_or_else_those_of_voc(tmp_path):
@@ -188,41 +230,6 @@ def test_class_names_of_no_root_or_a_wrong_root_are_an_error(tmp_path):
         voc.read_class_names([tmp_path / "gone"])
 
 
-def test_an_image_is_read_as_rgb(tmp_path):
-    blue_green_red = np.zeros((2, 3, 3), np.uint8)
-    blue_green_red[..., 2] = 200
-    blue_green_red[0, 0] = (10, 20, 30)
-    cv2.imwrite(str(tmp_path / "a.png"), blue_green_red)
-    image = voc.read_image(tmp_path / "a.png")
-    assert image.dtype == np.uint8
-    assert image.tolist() == [[[30, 20, 10], [200, 0, 0], [200, 0, 0]], [[200, 0, 0]] * 3]
-
-
-def test_an_orientation_tag_is_ignored(tmp_path):
-    _, encoded = cv2.imencode(".jpg", np.zeros((8, 24, 3), np.uint8))
-    # APP1: Exif, little-endian TIFF, one entry: orientation (0x0112) = 6, a quarter turn
-    tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
-    app1 = b"\xff\xe1" + (8 + len(tiff)).to_bytes(2, "big") + b"Exif\0\0" + tiff
-    path = tmp_path / "a.jpg"
-    path.write_bytes(encoded.tobytes()[:2] + app1 + encoded.tobytes()[2:])
-    assert cv2.imread(str(path)).shape == (24, 8, 3), "the tag itself is not understood"
-    assert voc.read_image(path).shape == (8, 24, 3)
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0\0\0"])
-def test_a_broken_image_is_named(tmp_path, content):
-    path = tmp_path / "a.jpg"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        voc.read_image(path)
-    assert str(caught.value) == f"{path}: not a readable image"
-
-
-def test_an_absent_image_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.jpg: cannot be read: No such file"):
-        voc.read_image(tmp_path / "gone.jpg")
-
-
 # --- The check of a whole split ---------------------------------------------------------------------------------------
 
 
@@ -244,7 +251,8 @@ def test_a_check_goes_on_after_a_problem_and_names_each(tmp_path):
     assert held.problems == [
         f"{tmp_path}/gone: not a folder",
         f"{root}/Annotations/b.xml: object 0: xmax 5 < xmin 9",
-        f"{root}/JPEGImages/e.jpg: no such image, nor as .jpeg, .png",
+        f"{root}/ImageSets/Main/train.txt, line 5: no image {root}/JPEGImages/e.jpg, nor .jpeg, .png, .bmp, .webp, "
+        "in small letters or capitals",
         f"{root}/JPEGImages/c.jpg: 100 x 80 pixels, but its annotation says 99 x 80",
         f"{root}/JPEGImages/d.jpg: not a readable image",
     ]
@@ -257,6 +265,35 @@ def test_a_check_of_a_clean_split_finds_no_problem_and_one_without_objects_is_a_
     assert voc.check_split([root], "train", ("cat",)).problems == [f"split 'train' of {root}: no objects"]
 
 
+def test_a_missing_labels_file_is_one_problem(tmp_path):
+    bodies = {f"{i:03d}": SIZE + object_xml((1, 1, 10, 10), name) for i, name in enumerate(("rbc", "wbc") * 100)}
+    root = write_root(tmp_path, bodies, labels=None)
+    with pytest.raises(InputError) as caught:
+        voc.read_class_names([root])
+    assert str(caught.value) == (
+        f"{root}: no labels.txt with the class names, one a line; 000.xml has 'rbc', no class of VOC"
+    )
+    assert voc.check_split([root], "train", voc.VOC_CLASSES).problems == [
+        f"{root}/Annotations/000.xml: object 0: class 'rbc' is not in {root} (without labels.txt: the VOC classes); "
+        f"known: {', '.join(voc.VOC_CLASSES)}"
+    ]
+
+
+def test_a_missing_labels_file_is_noticed_behind_images_without_objects_and_broken_files(tmp_path):
+    bodies = {"a": SIZE, "b": "<object>", "c": SIZE + object_xml((1, 1, 10, 10), "helmet")}
+    with pytest.raises(InputError, match=r"no labels\.txt.*c\.xml has 'helmet'"):
+        voc.read_class_names([write_root(tmp_path, bodies, labels=None)])
+
+
+def test_classes_that_labels_txt_lacks_are_one_problem_each(tmp_path):
+    bodies = {f"{i}": SIZE + object_xml((1, 1, 10, 10), name) for i, name in enumerate(("cat", "cow", "elk", "cow"))}
+    root = write_root(tmp_path, bodies)
+    assert voc.check_split([root], "train", ("cat", "dog")).problems == [
+        f"{root}/Annotations/{i}.xml: object 0: class {name!r} is not in {root}/labels.txt; known: cat, dog"
+        for i, name in ((1, "cow"), (2, "elk"))
+    ]
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_a_header_is_read_in_stored_pixels(tmp_path, suffix):
     root = write_root(tmp_path, {"a": SIZE + object_xml((1, 1, 10, 10))})
@@ -267,6 +304,107 @@ def test_a_header_is_read_in_stored_pixels(tmp_path, suffix):
     annotation.image_path.unlink()
     with pytest.raises(InputError, match=rf"a\{suffix}: cannot be read: No such file"):
         voc.check_image_header(annotation)
+
+
+# --- Orientation ------------------------------------------------------------------------------------------------------
+
+
+def write_turned(root: Path, tag: int, stored: tuple[int, int], annotated: tuple[int, int] | None) -> Path:
+    """A tree with one image whose EXIF orientation is `tag`, its first row bright."""
+    size = "" if annotated is None else f"<size><width>{annotated[0]}</width><height>{annotated[1]}</height></size>"
+    write_root(root, {"a": size + object_xml((1, 1, 10, 10))})
+    image, exif = Image.new("L", stored), Image.Exif()
+    image.paste(255, (0, 0, stored[0], 1))
+    exif[0x0112] = tag
+    (root / "JPEGImages/a.jpg").unlink()
+    image.save(root / "JPEGImages/a.png", exif=exif)
+    return root
+
+
+def header_warnings(annotation: voc.Annotation) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        voc.check_image_header(annotation)
+    for warning in caught:
+        assert str(annotation.image_path.parent) in str(warning.message)
+        assert "data.orientation" in str(warning.message)
+    return len(caught)
+
+
+@pytest.mark.parametrize(
+    ("tag", "stored", "annotated", "orientation", "bright", "warned"),
+    [
+        (1, (6, 4), (6, 4), "auto", "top", 0),
+        (6, (6, 4), (6, 4), "auto", "top", 0),  # the size tells that boxes are stored
+        (6, (6, 4), (4, 6), "auto", "right", 0),  # the size tells that they are upright
+        (8, (6, 4), (4, 6), "auto", "left", 0),
+        (3, (6, 4), (6, 4), "auto", "top", 1),
+        (2, (6, 4), (6, 4), "auto", "top", 1),
+        (6, (6, 6), (6, 6), "auto", "top", 1),
+        (6, (6, 4), (6, 4), "stored", "top", 0),
+        (3, (6, 4), (6, 4), "stored", "top", 0),
+        (3, (6, 4), (6, 4), "upright", "bottom", 0),
+        (6, (6, 6), (6, 6), "upright", "right", 0),
+        (6, (6, 4), (4, 6), "upright", "right", 0),
+    ],
+)
+def test_boxes_refer_to_stored_or_upright_pixels(tmp_path, tag, stored, annotated, orientation, bright, warned):
+    root = write_turned(tmp_path, tag, stored, annotated)
+    (annotation,) = voc.read_split([root], "train", ("cat",), orientation)
+    assert header_warnings(annotation) == warned
+    grey = voc.read_pixels(annotation)[..., 0]
+    assert grey.shape == annotated[::-1]
+    edges = {"top": grey[0], "bottom": grey[-1], "left": grey[:, 0], "right": grey[:, -1]}
+    assert [name for name, edge in edges.items() if edge.min() == 255] == [bright]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "annotated", "message"),
+    [
+        ("stored", (4, 6), "its annotation has the size of the upright picture, 4 x 6, but data.orientation is stored"),
+        (
+            "upright",
+            (6, 4),
+            "its annotation has the size of the stored picture, 6 x 4, but data.orientation is upright",
+        ),
+        ("auto", (4, 7), "6 x 4 pixels, but its annotation says 4 x 7"),
+        ("upright", (4, 7), "4 x 6 pixels, but its annotation says 4 x 7"),
+    ],
+)
+def test_a_size_that_contradicts_the_setting_is_an_error(tmp_path, orientation, annotated, message):
+    root = write_turned(tmp_path, 6, (6, 4), annotated)
+    (annotation,) = voc.read_split([root], "train", ("cat",), orientation)
+    with pytest.raises(InputError) as caught:
+        voc.check_image_header(annotation)
+    assert str(caught.value).removeprefix(f"{annotation.image_path}: ") == message
+    with pytest.raises(InputError, match="but its annotation says"):
+        voc.read_pixels(annotation)
+
+
+@pytest.mark.parametrize(
+    ("tag", "orientation", "size", "warned"),
+    [(1, "auto", (6, 4), 0), (6, "auto", (6, 4), 1), (6, "stored", (6, 4), 0), (6, "upright", (4, 6), 0)],
+)
+def test_an_unknown_size_is_that_of_the_picture_which_the_setting_names(tmp_path, tag, orientation, size, warned):
+    root = write_turned(tmp_path, tag, (6, 4), None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (annotation,) = voc.read_split([root], "train", ("cat",), orientation)
+    assert ((annotation.width, annotation.height), len(caught)) == (size, warned)
+    assert header_warnings(annotation) == 0
+    assert voc.read_pixels(annotation).shape[:2] == size[::-1]
+
+
+def test_images_whose_orientation_cannot_be_told_are_warned_of_once(tmp_path):
+    root = write_turned(tmp_path, 3, (6, 4), (6, 4))
+    for name in "bcd":
+        shutil.copy(root / "JPEGImages/a.png", root / f"JPEGImages/{name}.png")
+        shutil.copy(root / "Annotations/a.xml", root / f"Annotations/{name}.xml")
+    (root / "ImageSets/Main/train.txt").write_text("a\nb\nc\nd\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # Python's own
+        assert voc.check_split([root], "train", ("cat",)).problems == []
+    assert len(caught) == 1
 
 
 # --- Difficulty -------------------------------------------------------------------------------------------------------

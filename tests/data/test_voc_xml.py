@@ -15,7 +15,7 @@ CLASSES = KnownClasses({"cat": 1, "dog": 2}, "labels.txt")
 
 def parse(folder: Path, body: str) -> XmlAnnotation:
     (folder / "a.xml").write_text(f"<annotation>{body}</annotation>")
-    return parse_annotation(folder / "a.xml", CLASSES)
+    return parse_annotation(folder / "a.xml", CLASSES, lambda: (90, 70))
 
 
 def boxes_of(folder: Path, *objects: str) -> list[tuple | None]:
@@ -80,10 +80,50 @@ def test_a_wrong_object_is_named(tmp_path, body, message):
     assert refusal(tmp_path, SIZE + object_xml((1, 1, 9, 9)) + body) == f"object 1: {message}"
 
 
+@pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height><depth>3</depth></size>"])
+def test_an_unknown_size_is_that_of_the_image(tmp_path, size):
+    inside = XmlObject((60, 50, 90, 70), 1, False)
+    assert parse(tmp_path, size + object_xml((61, 51, 95, 90))) == XmlAnnotation(90, 70, [inside])
+
+
+def test_the_image_is_not_asked_for_a_known_size(tmp_path):
+    (tmp_path / "a.xml").write_text(f"<annotation>{SIZE}</annotation>")
+    annotation = parse_annotation(tmp_path / "a.xml", CLASSES, lambda: pytest.fail("asked"))
+    assert (annotation.width, annotation.height) == (100, 80)
+
+
+BOX = object_xml((1, 1, 9, 9))
+
+
+@pytest.mark.parametrize(
+    ("body", "tag"),
+    [
+        (BOX.replace("object>", "Object>"), "Object"),
+        (f"<objects>{BOX}</objects>", "object"),
+        (f"<annotation>{BOX}</annotation>", "object"),
+        (f"<size>{BOX}</size>", "object"),
+        (BOX + BOX.replace("</object>", f"{BOX}</object>"), "object"),
+        (BOX.replace("object>", "item>"), "bndbox"),
+        (BOX.replace("bndbox>", "BndBox>"), "BndBox"),
+        (BOX.replace("</object>", "<bndbox><xmin>1</xmin></bndbox></object>"), "bndbox"),
+        (BOX.replace("<object>", '<object xmlns="urn:v">'), "{urn:v}object"),
+    ],
+)
+def test_an_object_or_box_in_an_unknown_place_is_refused_instead_of_ignored(tmp_path, body, tag):
+    assert refusal(tmp_path, SIZE + BOX + body) == (
+        f"<{tag}> in an unknown place: expected <annotation><object><bndbox>"
+    )
+
+
+def test_another_kind_of_file_is_refused_instead_of_read_as_an_image_without_objects(tmp_path):
+    (tmp_path / "a.xml").write_text("<html><body/></html>")
+    with pytest.raises(InputError, match=r"a\.xml: expected <annotation>, got <html>$"):
+        parse_annotation(tmp_path / "a.xml", CLASSES, lambda: (90, 70))
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ("", "no size"),
         (SIZE.replace("100", "wide"), "size: width is not a number: 'wide'"),
         (SIZE.replace("height", "rows"), "size: no height"),
         (SIZE.replace("100", "0"), "size: 0 x 80 is not positive"),
@@ -106,5 +146,5 @@ def test_a_wrong_size_is_named(tmp_path, size, message):
 def test_unusable_xml_is_refused(tmp_path, content, message):
     (tmp_path / "a.xml").write_bytes(content)
     with pytest.raises(InputError) as caught:
-        parse_annotation(tmp_path / "a.xml", CLASSES)
+        parse_annotation(tmp_path / "a.xml", CLASSES, lambda: (90, 70))
     assert str(caught.value) == f"{tmp_path}/a.xml: {message}"

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config.reading import from_plain
-from instaqnas.data.voc import read_image
+from instaqnas.data.images import read_image
 from instaqnas.deploy import load, predictor
 from instaqnas.detector.ssd import DetectorBits, detector_layers
 from instaqnas.errors import InputError
