@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from instaqnas.errors import InputError
 SMOOTHING = 0.3  # weight of the newest batch in the moving average of the excess
 TOLERANCE = 1e-3  # relative: a mean cost this close to the target has met it
 BISECTIONS = 100
+EDGE_BISECTIONS = 40
+STEP_INTO = 0.01  # how far a price may lie from where bisection ends, as a share of the highest one
 TABLE_POINTS = 257
 
 
@@ -68,7 +70,7 @@ def budget_price(logits: Tensor, costs: Tensor, fixed: float, target: float) -> 
     finds most likely (Lagrange relaxation; Everett, Operations Research 1963). Positions where the policy is least
     decided per GBitOps change first. The mean cost is a step function of the price, one step per position and image,
     and bisection finds the price. If images with equal logits make a step wider than `TOLERANCE`, the side closer to
-    the target is taken.
+    the target is taken, at a distance from the step, so that rounding cannot change sides.
 
     Args:
         logits: of the policy in eval mode, [N, L, K].
@@ -86,6 +88,13 @@ def budget_price(logits: Tensor, costs: Tensor, fixed: float, target: float) -> 
         return 0.0
     smallest = differences[differences > 0].min().item()
     highest = 1 + 2 * (logits.amax() - logits.amin()).item() / smallest  # beyond this price the cost alone decides
+    price = _bisected(mean_gbitops, target, highest)
+    middle = _middle_of_step(mean_gbitops, price, highest)
+    return min(max(middle, price - STEP_INTO * highest), price + STEP_INTO * highest)
+
+
+def _bisected(mean_gbitops: Callable[[float], float], target: float, highest: float) -> float:
+    """A price between -`highest` and `highest` at which a falling function of the price comes closest to `target`."""
     low, high = -highest, highest
     for _ in range(BISECTIONS):
         price = (low + high) / 2
@@ -94,6 +103,21 @@ def budget_price(logits: Tensor, costs: Tensor, fixed: float, target: float) -> 
             return price
         low, high = (price, high) if cost > target else (low, price)
     return min(low, high, key=lambda price: abs(mean_gbitops(price) - target))
+
+
+def _middle_of_step(mean_gbitops: Callable[[float], float], price: float, highest: float) -> float:
+    """The middle of the prices around `price` with the same mean cost.
+
+    At an end of a step, rounding would decide: a coarse policy gives many images equal logits, which change together.
+    """
+    cost, ends = mean_gbitops(price), []
+    for bound in (-highest, highest):
+        inside, outside = price, bound
+        for _ in range(EDGE_BISECTIONS):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if mean_gbitops(middle) == cost else (inside, middle)
+        ends.append(inside)
+    return sum(ends) / 2
 
 
 class PricePoint(NamedTuple):

@@ -152,6 +152,20 @@ def test_images_with_equal_logits_end_as_near_as_a_step_allows() -> None:
         assert greedy_gbitops(logits + offset, costs, 0.0) == met
 
 
+@pytest.mark.parametrize("target", [0.25, 0.31, 0.36, 0.46])
+def test_rounding_does_not_move_images_with_equal_logits_across_a_step(target: float) -> None:
+    """A coarse policy: a thousand images share five differences of logits. 0.2 to 0.7 GBitOps in steps of 0.1."""
+    difference = torch.tensor([-6.0, -5.0, 0.5, 2.0, 7.0]).repeat(200)
+    logits = torch.stack([torch.zeros(1000), difference], -1)[:, None]
+    costs = torch.tensor([[0.2, 0.7]]).double()
+    offset = budget_offset(logits, costs, 0.0, target)
+    met = greedy_gbitops(logits + offset, costs, 0.0)
+    assert abs(met - target) <= 0.05 + 1e-9  # half a step
+    for noise in (-1e-3, 1e-3):
+        moved = logits + torch.tensor([0.0, noise])
+        assert greedy_gbitops(moved + offset, costs, 0.0) == met
+
+
 @pytest.mark.parametrize("costs", [[[0.5]], [[0.5, 0.5]]])
 def test_without_anything_to_choose_nothing_is_shifted(costs: list[list[float]]) -> None:
     table = torch.tensor(costs).double()
