@@ -22,10 +22,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from instaqnas.deploy.onnx_graph import IR_VERSION, OPSET, Graph
+from instaqnas.deploy.onnx_graph import IR_VERSION, OPSETS, Graph
 from instaqnas.deploy.onnx_layers import Choice, value
 from instaqnas.deploy.onnx_networks import (
     DetectorGraph,
+    Form,
     RawOutputs,
     chosen,
     cost_of,
@@ -33,14 +34,14 @@ from instaqnas.deploy.onnx_networks import (
     policy_logits,
     postprocessed,
 )
+from instaqnas.deploy.onnx_session import FORMAT
 from instaqnas.deploy.packed import IntegerModel
 from instaqnas.errors import InputError
 
-FORMAT = "instaqnas 1"  # changes with the meaning of inputs, outputs or metadata
 IMAGE, PRICE = "image", "price"
 
 
-def adaptive_model(model: IntegerModel) -> onnx.ModelProto:
+def adaptive_model(model: IntegerModel, form: Form = "exact") -> onnx.ModelProto:
     """The policy and its detector for one image."""
     detector, graph = model.detector, Graph()
     pixels = normalized(graph, IMAGE)
@@ -54,7 +55,7 @@ def adaptive_model(model: IntegerModel) -> onnx.ModelProto:
     at = [graph.op("Gather", row, graph.constant(np.int64(place))) for place in range(len(detector.positions))]
 
     def run(into: Graph, choice_of: dict[str, Choice]) -> RawOutputs:
-        layers = DetectorGraph(into, detector, choice_of)
+        layers = DetectorGraph(into, detector, choice_of, form)
         return layers.after_stem(layers.stem(pixels) if stem is None else stem)
 
     if len(detector.positions) == 1 and len(detector.choice_names) > 1:
@@ -63,7 +64,7 @@ def adaptive_model(model: IntegerModel) -> onnx.ModelProto:
             branch = Graph(graph)
             raw = run(branch, level_choices(model, level))
             branches.append((branch, [raw.box_offsets, raw.class_logits]))
-        raw = RawOutputs(*graph.choose(at[0], branches))
+        raw = RawOutputs(*graph.choose(at[0], branches, detector.positions[0]))
     else:
         raw = run(
             graph,
@@ -81,11 +82,12 @@ def adaptive_model(model: IntegerModel) -> onnx.ModelProto:
     return _model(graph, model, "adaptive", outputs, shapes, batch=1)
 
 
-def fixed_model(model: IntegerModel, config: Sequence[int]) -> onnx.ModelProto:
+def fixed_model(model: IntegerModel, config: Sequence[int], form: Form = "exact") -> onnx.ModelProto:
     """The detector at one bit configuration [L], for batches; without policy."""
     detector, graph = model.detector, Graph()
     places = zip(detector.layers_at.values(), config, strict=True)
-    layers = DetectorGraph(graph, detector, {name: choice for names, choice in places for name in names})
+    choice_of: dict[str, Choice] = {name: choice for names, choice in places for name in names}
+    layers = DetectorGraph(graph, detector, choice_of, form)
     raw = layers.after_stem(layers.stem(normalized(graph, IMAGE)))
     found = postprocessed(graph, raw, detector, model.settings)
     outputs = {"boxes": found.boxes_xyxy, "scores": found.scores, "labels": found.labels}
@@ -173,7 +175,7 @@ def _model(
         graph.nodes.append(helper.make_node("Identity", [output], [name], name=name))
         infos.append(helper.make_tensor_value_info(name, _type_of(name), shapes[name]))
     proto = helper.make_model(
-        graph.proto(inputs, infos), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        graph.proto(inputs, infos), opset_imports=[helper.make_opsetid(*pair) for pair in OPSETS], ir_version=IR_VERSION
     )
     proto.producer_name = "instaqnas"
     helper.set_model_props(proto, metadata(model, kind))

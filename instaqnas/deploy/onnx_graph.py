@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from instaqnas.deploy.packed import pack_bits
 
-OPSET, IR_VERSION = 25, 13  # the first with integers of 2 bits
+ONNXRUNTIME = "com.microsoft"  # domain of operators that the standard lacks
+OPSETS, IR_VERSION = (("", 25), (ONNXRUNTIME, 1)), 13  # the first with integers of 2 bits
 STORED = {4: TensorProto.UINT4, 2: TensorProto.UINT2}  # types of fewer than 8 bits
 
 
@@ -39,13 +40,13 @@ class Graph:
         names.append(f"{hint}_{len(names)}")
         return names[-1]
 
-    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """The output of an operator; attributes as in the ONNX standard."""
-        return self.ops(kind, *inputs, outputs=1, **attributes)[0]
+    def op(self, kind: str, *inputs: str, hint: str = "", **attributes: Any) -> str:
+        """The output of an operator; attributes as in the ONNX standard. Its name begins with `hint`."""
+        return self.ops(kind, *inputs, outputs=1, hint=hint, **attributes)[0]
 
-    def ops(self, kind: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
+    def ops(self, kind: str, *inputs: str, outputs: int, hint: str = "", **attributes: Any) -> list[str]:
         """The outputs of an operator that has several."""
-        found = [self.name(kind) for _ in range(outputs)]
+        found = [self.name(hint or kind) for _ in range(outputs)]
         self.nodes.append(helper.make_node(kind, inputs, found, name=found[0], **attributes))
         return found
 
@@ -61,12 +62,16 @@ class Graph:
         """`x` as another type."""
         return self.op("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(to)))
 
-    def choose(self, index: str, branches: Sequence[tuple[Graph, Sequence[str]]]) -> list[str]:
+    def choose(
+        self, index: str, branches: Sequence[tuple[Graph, Sequence[str]]], position: str, first: int = 0
+    ) -> list[str]:
         """The values of one of the branches of this graph; only that branch is computed.
 
         Args:
             index: of the branch, an int64 scalar from 0.
             branches: graphs with this one as their parent, and as many values in each.
+            position: names the `If` nodes: `POSITION is 0`, and so on.
+            first: number of the first branch.
         """
         (graph, values), *others = branches
         if not others:  # nothing is left to choose
@@ -74,12 +79,13 @@ class Graph:
             self.initializers |= graph.initializers
             return list(values)
         rest = Graph(self)
-        other_values = rest.choose(rest.op("Sub", index, rest.constant(np.int64(1))), others)
+        other_values = rest.choose(rest.op("Sub", index, rest.constant(np.int64(1))), others, position, first + 1)
         is_first = self.op("Equal", index, self.constant(np.int64(0)))
         return self.ops(
             "If",
             is_first,
             outputs=len(values),
+            hint=f"{position} is {first}",
             then_branch=graph.proto([], values),
             else_branch=rest.proto([], other_values),
         )

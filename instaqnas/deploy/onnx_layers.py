@@ -9,7 +9,7 @@ no fast form for them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,8 @@ from instaqnas.quant.integer import IntegerConv2d
 Choice = int | str  # index of a bit choice: known at the export, or the name of an int64 scalar
 Row = np.ndarray | str  # one row of a table: known at the export, or the name of a value
 BYTE_ZERO = 128  # zero-point of weights
+LEVELS = "levels of "  # how names of quantized inputs begin
+CHANNELS_LAST = " [B, H, W, C]"  # how they end in this order
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,31 @@ def value(graph: Graph, x: Map) -> str:
     return graph.op("Add", graph.op("Mul", x.y, named(graph, x.scale)), named(graph, x.shift))
 
 
-def convolve(graph: Graph, layer: IntegerConv2d, x: Map, choice: Choice = 0) -> Map:
-    """The output of a layer for its input, at one of its K bit choices; `choice` is ignored where K = 1."""
+def convolve(graph: Graph, name: str, layer: IntegerConv2d, x: Map, choice: Choice = 0) -> Map:
+    """The output of a layer for its input, at one of its K bit choices; `choice` is ignored where K = 1.
+
+    The value with the levels of its input is called `levels of NAME`, with a number.
+    """
     if len(layer.choices) == 1:
         choice = 0
-    levels = quantized(graph, layer, x, choice)
-    scale, shift = (array(table)[:, :, None, None] for table in (layer.scale, layer.shift))
-    return Map(sums(graph, layer, levels, choice), row(graph, scale, choice), row(graph, shift, choice))
+    return summed(graph, name, layer, quantized(graph, layer, x, choice, f"{LEVELS}{name}"), choice)
 
 
-def quantized(graph: Graph, layer: IntegerConv2d, x: Map, choice: Choice) -> str:
-    """The levels of a layer's input: float32 for a depthwise layer, else bytes with the offset of the layer."""
+def quantized(graph: Graph, layer: IntegerConv2d, x: Map, choice: Choice, hint: str) -> str:
+    """The levels of a layer's input: float32 for a depthwise layer, else bytes."""
+    clipped = clipped_position(graph, layer, x, choice)
+    if layer.is_depthwise:
+        return graph.op("Round", clipped, hint=hint)
+    return as_bytes(graph, layer, clipped, choice, hint)
+
+
+def as_bytes(graph: Graph, layer: IntegerConv2d, clipped: str, choice: Choice, hint: str) -> str:
+    """The levels from `clipped_position` plus the offset of the layer, uint8."""
+    return graph.op("QuantizeLinear", clipped, graph.constant(np.float32(1)), offset(graph, layer, choice), hint=hint)
+
+
+def clipped_position(graph: Graph, layer: IntegerConv2d, x: Map, choice: Choice) -> str:
+    """The input in units of the layer's step size, clipped but not rounded, float32."""
     step = row(graph, array(layer.step)[:, None, None, None], choice)
     if x.scale is None or x.shift is None:
         position = graph.op("Mul", x.y, named(graph, divided(graph, np.ones((1, 1, 1), np.float32), step)))
@@ -61,13 +77,16 @@ def quantized(graph: Graph, layer: IntegerConv2d, x: Map, choice: Choice) -> str
         position = graph.op("Add", scaled, named(graph, divided(graph, x.shift, step)))
     ends = [named(graph, row(graph, array(table), choice)) for table in (layer.lowest, layer.highest)]
     # The ends are whole numbers, so clipping before rounding gives the same levels.
-    clipped = graph.op("Clip", position, *ends)
-    if layer.is_depthwise:
-        return graph.op("Round", clipped)
-    return graph.op("QuantizeLinear", clipped, graph.constant(np.float32(1)), offset(graph, layer, choice))
+    return graph.op("Clip", position, *ends)
 
 
-def sums(graph: Graph, layer: IntegerConv2d, levels: str, choice: Choice) -> str:
+def summed(graph: Graph, name: str, layer: IntegerConv2d, levels: str, choice: Choice) -> Map:
+    """The convolution of the levels from `quantized`, and its rescale."""
+    scale, shift = (array(table)[:, :, None, None] for table in (layer.scale, layer.shift))
+    return Map(sums(graph, name, layer, levels, choice), row(graph, scale, choice), row(graph, shift, choice))
+
+
+def sums(graph: Graph, name: str, layer: IntegerConv2d, levels: str, choice: Choice) -> str:
     """The convolution of the levels, whole numbers in float32 [B, out, H', W']."""
     if isinstance(choice, int):
         return _sums_at(graph, layer, levels, choice)
@@ -75,7 +94,7 @@ def sums(graph: Graph, layer: IntegerConv2d, levels: str, choice: Choice) -> str
     for k in range(len(layer.choices)):
         branch = Graph(graph)
         branches.append((branch, [_sums_at(branch, layer, levels, k)]))
-    return graph.choose(choice, branches)[0]
+    return graph.choose(choice, branches, name)[0]
 
 
 def _sums_at(graph: Graph, layer: IntegerConv2d, levels: str, k: int) -> str:
@@ -83,9 +102,10 @@ def _sums_at(graph: Graph, layer: IntegerConv2d, levels: str, k: int) -> str:
     widths = bit_widths(layer, k)
     if layer.is_depthwise:
         floats = graph.cast(graph.weight(weight, widths), np.float32)
-        return graph.op("Conv", levels, floats, **shape_of(layer))
+        # `Round` changes nothing, but keeps optimizers from multiplying the scale into the weight.
+        return graph.op("Round", graph.op("Conv", levels, floats, **shape_of(layer)))
     zero = offset(graph, layer, k)
-    if weight.min() >= -BYTE_ZERO and weight.max() < BYTE_ZERO:
+    if fits_bytes(weight):
         total = _integer_convolution(graph, layer, levels, zero, graph.weight(weight, widths))
     else:  # odd levels 2q + 1 of 8 bits
         halves = _integer_convolution(graph, layer, levels, zero, graph.weight((weight - 1) >> 1, widths))
@@ -98,6 +118,11 @@ def _sums_at(graph: Graph, layer: IntegerConv2d, levels: str, k: int) -> str:
 def _integer_convolution(graph: Graph, layer: IntegerConv2d, levels: str, zero: str, weight: str) -> str:
     shifted = graph.cast(graph.op("Add", weight, graph.constant(np.int32(BYTE_ZERO))), np.uint8)
     return graph.op("ConvInteger", levels, shifted, zero, graph.constant(np.uint8(BYTE_ZERO)), **shape_of(layer))
+
+
+def fits_bytes(weight: np.ndarray) -> bool:
+    """Whether all levels are signed bytes: all but odd levels 2q + 1 of 8 bits."""
+    return bool(weight.min() >= -BYTE_ZERO and weight.max() < BYTE_ZERO)
 
 
 def bit_widths(layer: IntegerConv2d, k: int) -> list[int]:
@@ -118,7 +143,7 @@ def is_nested(layer: IntegerConv2d) -> bool:
     )
 
 
-def shape_of(layer: IntegerConv2d) -> dict[str, int | list[int]]:
+def shape_of(layer: IntegerConv2d) -> dict[str, Any]:
     """Attributes of a convolution."""
     return {
         "strides": [layer.stride] * 2,

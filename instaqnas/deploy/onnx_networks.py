@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 from torch import nn
 
 from instaqnas.config.settings import EvalConfig
+from instaqnas.deploy.onnx_fused import Bytes, can_requantize, exact_after_bytes, quantized_bytes, requantized
 from instaqnas.deploy.onnx_graph import Graph
 from instaqnas.deploy.onnx_layers import Choice, Map, convolve, value
 from instaqnas.detector.default_boxes import CENTER_VARIANCE, SIZE_VARIANCE
@@ -18,6 +19,8 @@ from instaqnas.pixels import MEAN_PIXEL, PIXEL_SCALE
 from instaqnas.policy.network import PolicyNet, ResidualBlock
 from instaqnas.quant.bitops import CostTable
 from instaqnas.quant.integer import IntegerConv2d
+
+Form = Literal["exact", "fused"]
 
 
 @dataclass(frozen=True)
@@ -44,31 +47,59 @@ class DetectorGraph:
         graph: gets the operators.
         detector: integer form.
         choice_of: choices of the layers by name; layers that are missing have one choice only.
+        form: arithmetic of the layers between stem and heads.
     """
 
-    def __init__(self, graph: Graph, detector: SwitchableSSD, choice_of: Mapping[str, Choice]) -> None:
-        self.graph, self.detector, self.choice_of = graph, detector, choice_of
+    def __init__(
+        self, graph: Graph, detector: SwitchableSSD, choice_of: Mapping[str, Choice], form: Form = "exact"
+    ) -> None:
+        self.graph, self.detector, self.choice_of, self.form = graph, detector, choice_of, form
 
-    def layer(self, name: str, x: Map) -> Map:
-        """The output of the layer `name`."""
+    def layer(self, name: str, x: Map | Bytes, reader: str | None = None) -> Map | Bytes:
+        """The output of the layer `name`; `reader` is the layer that reads it, if it is the only one."""
+        layer, choice = self.layer_and_choice(name)
+        if self.form == "exact":
+            assert isinstance(x, Map), "only fused layers hand on bytes"
+            return convolve(self.graph, name, layer, x, choice)
+        if isinstance(x, Map):
+            x = quantized_bytes(self.graph, name, layer, x, choice)
+        if reader is None or not can_requantize(layer):
+            return exact_after_bytes(self.graph, name, layer, x, choice)
+        return requantized(self.graph, name, layer, x, choice, reader, *self.layer_and_choice(reader))
+
+    def layer_and_choice(self, name: str) -> tuple[IntegerConv2d, Choice]:
+        """A layer, and its choice: 0 if it has only one."""
         layer = cast(IntegerConv2d, self.detector.get_submodule(name))
-        return convolve(self.graph, layer, x, self.choice_of.get(name, 0))
+        return layer, self.choice_of.get(name, 0)
+
+    def map_of(self, name: str, x: Map | Bytes) -> Map:
+        """The output of a layer that has several readers."""
+        found = self.layer(name, x)
+        assert isinstance(found, Map), "bytes are for one reader"
+        return found
 
     def stem(self, pixels: str) -> Map:
         """The output of the stem for normalised images [B, 3, S, S]."""
-        return self.layer("backbone.stem", Map(pixels))
+        layer, choice = self.layer_and_choice("backbone.stem")
+        return convolve(
+            self.graph, "backbone.stem", layer, Map(pixels), choice
+        )  # also in the fused form, the faster way
 
     def after_stem(self, x: Map) -> RawOutputs:
         """The raw outputs for an output of the stem."""
-        sources = []
+        sources: list[Map] = []
+        carried: Map | Bytes = x
         for block in range(len(self.detector.backbone.blocks)):
-            x = self.layer(f"backbone.blocks.{block}.depthwise", x)
-            x = self.layer(f"backbone.blocks.{block}.pointwise", x)
+            depthwise, pointwise = (f"backbone.blocks.{block}.{kind}" for kind in ("depthwise", "pointwise"))
+            carried = self.layer(depthwise, carried, pointwise)
             if block in SOURCE_BLOCKS:
-                sources.append(x)
+                carried = self.map_of(pointwise, carried)
+                sources.append(carried)
+            else:
+                carried = self.layer(pointwise, carried, f"backbone.blocks.{block + 1}.depthwise")
         for extra in range(len(self.detector.extras)):
-            x = self.layer(f"extras.{extra}.down", self.layer(f"extras.{extra}.reduce", x))
-            sources.append(x)
+            reduced = self.layer(f"extras.{extra}.reduce", sources[-1], f"extras.{extra}.down")
+            sources.append(self.map_of(f"extras.{extra}.down", reduced))
         return RawOutputs(
             self._predict("box_heads", sources, 4), self._predict("class_heads", sources, self.detector.classes)
         )
@@ -76,7 +107,7 @@ class DetectorGraph:
     def _predict(self, heads: str, sources: Sequence[Map], values: int) -> str:
         graph, rows = self.graph, []
         for index, source in enumerate(sources):
-            y = value(graph, self.layer(f"{heads}.{index}", source))
+            y = value(graph, self.map_of(f"{heads}.{index}", source))
             cells = graph.op("Transpose", y, perm=[0, 2, 3, 1])
             rows.append(graph.op("Reshape", cells, graph.int64(0, -1, values)))
         return graph.op("Concat", *rows, axis=1)
@@ -102,8 +133,10 @@ def policy_logits(graph: Graph, policy: PolicyNet, observed: str, side: int) -> 
         side: in pixels.
     """
 
+    names = {layer: f"policy.{name}" for name, layer in policy.named_modules()}
+
     def run(layer: nn.Module, x: Map) -> Map:
-        return convolve(graph, cast(IntegerConv2d, layer), x)
+        return convolve(graph, names[layer], cast(IntegerConv2d, layer), x)
 
     x = graph.op("Relu", value(graph, run(policy.stem, Map(average_pool(graph, observed, side, policy.pool)))))
     if policy.stem_channels is None:

@@ -10,7 +10,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 
 from onnx import TensorProto, helper  # noqa: E402
 
-from instaqnas.deploy.onnx_graph import IR_VERSION, OPSET, Graph, piece_sizes  # noqa: E402
+from instaqnas.deploy.onnx_graph import IR_VERSION, OPSETS, Graph, piece_sizes  # noqa: E402
 
 
 def outputs_of(graph: Graph, **outputs: str) -> list[np.ndarray]:
@@ -19,7 +19,7 @@ def outputs_of(graph: Graph, **outputs: str) -> list[np.ndarray]:
         graph.nodes.append(helper.make_node("Identity", [value], [name]))
     infos = [helper.make_tensor_value_info(name, TensorProto.INT32, None) for name in outputs]
     proto = helper.make_model(
-        graph.proto([], infos), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        graph.proto([], infos), opset_imports=[helper.make_opsetid("", OPSETS[0][1])], ir_version=IR_VERSION
     )
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {})
@@ -72,5 +72,5 @@ def test_choose_runs_one_of_its_branches() -> None:
         for value in (10, 20, 30):
             branch = Graph(graph)
             branches.append((branch, [branch.op("Mul", branch.constant(np.int32(value)), graph.constant(np.int32(2)))]))
-        (found,) = outputs_of(graph, y=graph.choose(graph.constant(np.int64(index)), branches)[0])
+        (found,) = outputs_of(graph, y=graph.choose(graph.constant(np.int64(index)), branches, "level")[0])
         assert found == (20, 40, 60)[index]
