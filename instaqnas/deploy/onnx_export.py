@@ -79,7 +79,7 @@ def adaptive_model(model: IntegerModel, form: Form = "exact") -> onnx.ModelProto
     }
     outputs |= {"choices": row, "gbitops": cost_of(graph, choices, model.costs, model.policy_gbitops)}
     shapes = {"boxes": ("N", 4), "scores": ("N",), "labels": ("N",), "choices": (len(at),), "gbitops": (1,)}
-    return _model(graph, model, "adaptive", outputs, shapes, batch=1)
+    return _model(graph, model, "adaptive", outputs, shapes, 1, form)
 
 
 def fixed_model(model: IntegerModel, config: Sequence[int], form: Form = "exact") -> onnx.ModelProto:
@@ -92,7 +92,7 @@ def fixed_model(model: IntegerModel, config: Sequence[int], form: Form = "exact"
     found = postprocessed(graph, raw, detector, model.settings)
     outputs = {"boxes": found.boxes_xyxy, "scores": found.scores, "labels": found.labels}
     shapes = {"boxes": ("B", "D", 4), "scores": ("B", "D"), "labels": ("B", "D")}
-    return _model(graph, model, "fixed", outputs, shapes, batch="B")
+    return _model(graph, model, "fixed", outputs, shapes, "B", form)
 
 
 def policy_model(model: IntegerModel) -> onnx.ModelProto:
@@ -105,7 +105,7 @@ def policy_model(model: IntegerModel) -> onnx.ModelProto:
     choices = chosen(graph, policy_logits(graph, model.policy, observed, side), PRICE, model.costs)
     outputs = {"choices": choices, "gbitops": cost_of(graph, choices, model.costs, model.policy_gbitops)}
     shapes = {"choices": ("B", len(detector.positions)), "gbitops": ("B",)}
-    return _model(graph, model, "policy", outputs, shapes, batch="B")
+    return _model(graph, model, "policy", outputs, shapes, "B", "exact")
 
 
 def choice_named(model: IntegerModel, name: str) -> int:
@@ -124,8 +124,8 @@ def level_choices(model: IntegerModel, level: int) -> dict[str, Choice]:
     return {name: level for names in model.detector.layers_at.values() for name in names}
 
 
-def metadata(model: IntegerModel, kind: str) -> dict[str, str]:
-    """What programs read besides the graph: `format` and `kind` as they are, everything else as JSON.
+def metadata(model: IntegerModel, kind: str, form: Form) -> dict[str, str]:
+    """Metadata of a file: `format`, `kind` and `form` as they are, everything else as JSON.
 
     class_names: without background, label 1 first.
     image_size: S.
@@ -142,7 +142,7 @@ def metadata(model: IntegerModel, kind: str) -> dict[str, str]:
         "prices": model.prices,
         "score_threshold": model.settings.score_threshold,
     }
-    return {"format": FORMAT, "kind": kind} | {key: json.dumps(value) for key, value in values.items()}
+    return {"format": FORMAT, "kind": kind, "form": form} | {key: json.dumps(value) for key, value in values.items()}
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:
@@ -162,6 +162,7 @@ def _model(
     outputs: dict[str, str],
     shapes: dict[str, tuple[int | str, ...]],
     batch: int | str,
+    form: Form,
 ) -> onnx.ModelProto:
     """The model of a complete graph, its outputs renamed."""
     side = model.detector.image_size
@@ -178,7 +179,7 @@ def _model(
         graph.proto(inputs, infos), opset_imports=[helper.make_opsetid(*pair) for pair in OPSETS], ir_version=IR_VERSION
     )
     proto.producer_name = "instaqnas"
-    helper.set_model_props(proto, metadata(model, kind))
+    helper.set_model_props(proto, metadata(model, kind, form))
     return proto
 
 

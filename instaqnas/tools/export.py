@@ -5,7 +5,8 @@
 
 One file holds the policy, the choice of bits, the detector and its post-processing: see `deploy.onnx_export` for inputs
 and outputs, docs/deployment.md for a program. `--fixed w4a4` exports one choice at all positions instead, without
-policy, for batches; `--per-level` a folder with the policy and one such file for each choice.
+policy, for batches; `--per-level` a folder with the policy and one such file for each choice. `--form fused` is faster,
+but not equal to integer inference in every integer (`instaqnas.tools.verify --onnx` counts them).
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ def exported(model: IntegerModel, options: argparse.Namespace) -> dict[Path, Any
 
     positions, names = len(model.detector.positions), model.detector.choice_names
     if options.fixed is not None:
-        return {options.out: fixed_model(model, [choice_named(model, options.fixed)] * positions)}
+        return {options.out: fixed_model(model, [choice_named(model, options.fixed)] * positions, options.form)}
     if options.per_level:
-        levels = {options.out / f"{name}.onnx": fixed_model(model, [k] * positions) for k, name in enumerate(names)}
+        configs = {options.out / f"{name}.onnx": [k] * positions for k, name in enumerate(names)}
+        levels = {path: fixed_model(model, config, options.form) for path, config in configs.items()}
         return {options.out / "policy.onnx": policy_model(model), **levels}
-    return {options.out: adaptive_model(model)}
+    return {options.out: adaptive_model(model, options.form)}
 
 
 def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -77,6 +79,12 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--init", metavar="CHECKPOINT", help="checkpoint to use instead of the run's latest")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help="file to write, or folder of --per-level"
+    )
+    parser.add_argument(
+        "--form",
+        choices=["exact", "fused"],
+        default="exact",
+        help="exact: the integers of integer inference; fused: faster, a few integers differ by one (default: exact)",
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--fixed", metavar="NAME", help="one choice for all images, such as w4a4, without policy")

@@ -115,6 +115,7 @@ def test_metadata_name_classes_choices_and_prices() -> None:
     properties = {entry.key: entry.value for entry in adaptive_model(found).metadata_props}
     assert properties.pop("format") == "instaqnas 1"
     assert properties.pop("kind") == "adaptive"
+    assert properties.pop("form") == "exact"
     values = {key: json.loads(value) for key, value in properties.items()}
     assert values == {
         "class_names": ["disc", "ring", "star"],
