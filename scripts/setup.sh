@@ -2,7 +2,8 @@
 # Makes .venv and installs the requirements. Once that is done, it does nothing and prints nothing.
 #
 #   scripts/setup.sh          for training and evaluation
-#   scripts/setup.sh --dev    for the tests too
+#   scripts/setup.sh --deploy for ONNX files too
+#   scripts/setup.sh --dev    for the tests too, which also test ONNX files
 #
 # PYTHON=python3.12 takes another interpreter. pip reads its options from the environment, as for torch without CUDA, a
 # much smaller download:
@@ -14,9 +15,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lists=(requirements.txt)
 case "$*" in
   "") ;;
-  --dev) lists+=(tests/requirements.txt) ;;
+  --deploy) lists+=(requirements-deploy.txt) ;;
+  --dev) lists+=(requirements-deploy.txt tests/requirements.txt) ;;
   *)
-    echo "error: unknown option $*; usage: scripts/setup.sh [--dev]" >&2
+    echo "error: unknown option $*; usage: scripts/setup.sh [--deploy | --dev]" >&2
     exit 2
     ;;
 esac

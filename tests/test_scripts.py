@@ -38,7 +38,7 @@ def project(tmp_path: Path) -> Path:
     root = tmp_path / "a project"
     shutil.copytree(ROOT / "scripts", root / "scripts")
     (root / "tests").mkdir()
-    for name in ("requirements.txt", "tests/requirements.txt"):
+    for name in ("requirements.txt", "requirements-deploy.txt", "tests/requirements.txt"):
         (root / name).write_text("# nothing\n")
     (root / "fake-python").write_text(FAKE_PYTHON)
     (root / "fake-python").chmod(0o755)
@@ -96,7 +96,14 @@ def test_setup_adds_what_the_tests_need(project: Path) -> None:
     run(project, "setup.sh")
     calls(project)
     run(project, "setup.sh", "--dev").check_returncode()
-    assert calls(project) == ["pip tests/requirements.txt"]
+    assert calls(project) == ["pip requirements-deploy.txt", "pip tests/requirements.txt"]
+
+
+def test_setup_adds_what_onnx_files_need(project: Path) -> None:
+    run(project, "setup.sh", "--deploy").check_returncode()
+    assert calls(project) == ["venv", "pip requirements.txt", "pip requirements-deploy.txt"]
+    assert run(project, "setup.sh").returncode == 0
+    assert calls(project) == []
 
 
 def test_setup_installs_again_when_the_requirements_change(project: Path) -> None:
@@ -214,7 +221,7 @@ def test_compared_trainings_have_no_target_that_their_bits_might_not_reach(proje
 def test_test_script_checks_then_tests(project: Path) -> None:
     in_processes = "--numprocesses auto --dist loadfile"
     run(project, "test.sh", "-x").check_returncode()
-    assert calls(project)[3:] == [
+    assert calls(project)[4:] == [
         "-m ruff check .",
         "-m ruff format --check .",
         "-m mypy",

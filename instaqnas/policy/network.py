@@ -103,7 +103,9 @@ class PolicyNet(nn.Module):
     def _outputs(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, L, K] without effort, and the network's last output [B]."""
         x = self.blocks(self._from_image(observed) if self.stem_channels is None else self._from_stem(observed))
-        x = self.head(F.adaptive_avg_pool2d(x, 1)).value().flatten(1)
+        # Means in float64 do not depend on the order of their sum, which differs between machines and runtimes.
+        mean = x.double().mean((2, 3), keepdim=True).to(x.dtype)
+        x = self.head(mean).value().flatten(1)
         return x[:, : self.positions * self.choices].view(-1, self.positions, self.choices), x[:, -1]
 
     def example(self, image_size: int) -> Tensor:
@@ -144,7 +146,8 @@ class PolicyNet(nn.Module):
         return F.max_pool2d(F.relu(self.stem(x).value()), 3, stride=2, padding=1)
 
     def _from_stem(self, features: Tensor) -> Tensor:
-        return F.relu(self.stem(F.avg_pool2d(features, self.pool, ceil_mode=True)).value())
+        pooled = F.avg_pool2d(features.double(), self.pool, ceil_mode=True)  # as the mean in `_outputs`
+        return F.relu(self.stem(pooled.to(features.dtype)).value())
 
 
 def effort_of(bit_products: Sequence[float]) -> list[float]:
