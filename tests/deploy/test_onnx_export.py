@@ -24,6 +24,9 @@ def greedy(found: IntegerModel, images: torch.Tensor) -> torch.Tensor:
         return found.policy(found.detector.observe(images).input).argmax(-1)
 
 
+QUICK = ("pointwise", "network")  # the other networks of BITS are tested with -m slow
+
+
 def check_detections(found: IntegerModel, outputs: dict, images: torch.Tensor, choices: torch.Tensor) -> None:
     """The outputs for one image are what the integer networks detect."""
     expected = detect(found.detector, images, choices, found.settings)
@@ -37,7 +40,9 @@ def check_detections(found: IntegerModel, outputs: dict, images: torch.Tensor, c
         left.pop(near[0])
 
 
-@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BITS]
+)
 def test_adaptive_models_detect_what_the_integer_networks_detect(name: str) -> None:
     found = model(name)
     run = Session(adaptive_model(found))
@@ -50,7 +55,7 @@ def test_adaptive_models_detect_what_the_integer_networks_detect(name: str) -> N
         check_detections(found, outputs, images, choices)
 
 
-@pytest.mark.parametrize("pool", [2, 5])
+@pytest.mark.parametrize("pool", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_policy_on_the_stem_sees_the_stem_of_its_detector(pool: int) -> None:
     found = model("pointwise", on_stem=True, pool=pool)
     run = Session(adaptive_model(found))
@@ -128,6 +133,6 @@ def test_metadata_name_classes_choices_and_prices() -> None:
     }
 
 
-@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("name", QUICK)
 def test_models_are_valid_onnx(name: str) -> None:
     onnx.checker.check_model(adaptive_model(model(name)), full_check=False)

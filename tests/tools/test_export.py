@@ -63,6 +63,7 @@ def test_nothing_differs_in_an_exported_file(folder: Path, capsys: pytest.Captur
     assert found["policy"]["map_onnx"] == found["policy"]["map_integer"]
 
 
+@pytest.mark.slow
 def test_a_fused_file_reports_the_integers_that_differ(folder: Path, capsys: pytest.CaptureFixture) -> None:
     path = folder / "fused.onnx"
     export.main([*named(folder), "--out", str(path), "--form", "fused"])
