@@ -99,8 +99,9 @@ class DetectorConfig:
         image_size: side of the square input in pixels, at least 64.
         width: width multiplier of all channels, above 0.
         extras_batch_norm: BatchNorm in the extra feature layers; not in the paper, but helps training from scratch.
-        box_sizes: sizes of the default boxes in pixels, a pair [smaller, larger] for each of the six feature maps;
-            None: the published ones, 20 % to 110 % of the image side.
+        box_sizes: sizes of the default boxes in pixels, a pair [smaller, larger] for each of the six feature maps. They
+            are of the network's input, but do not follow `image_size`. null: the published ones, 20 % to 110 % of
+            `image_size`, which do. instaqnas.tools.preflight tells how many objects they fit, and suggests others.
         min_negatives: least number of hard negatives of each image in the loss. The paper has none for an image without
             objects, which then teaches nothing; 3 or more let empty images teach.
     """

@@ -1,4 +1,4 @@
-"""Checks before a stage trains: data, batches, disk, and whether the reward's target can be met."""
+"""Checks before a stage trains: data, default boxes, batches, disk, and whether the reward's target can be met."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from instaqnas import distributed
 from instaqnas.config.settings import Config
 from instaqnas.data.voc import Annotation, check_image_header
+from instaqnas.detector.box_sizes import best_ious, class_coverage
 from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.experiment.data_checks import (
@@ -25,6 +27,7 @@ from instaqnas.experiment.data_checks import (
 from instaqnas.experiment.parts import Experiment, TrainPart
 from instaqnas.experiment.stage import (
     EVAL,
+    PRETRAIN_FP32,
     PRETRAIN_QUANT,
     RUN_STAGES,
     SEARCH,
@@ -36,13 +39,14 @@ from instaqnas.experiment.stage import (
 from instaqnas.files import GB, free_bytes
 from instaqnas.policy.network import policy_gbitops
 
+LEAST_COVERAGE = 0.7  # of training objects by default boxes, below which a warning is due
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of an optimizer's state per parameter
 
 log = logging.getLogger(__name__)
 
 
 def quick_preflight(experiment: Experiment, run: Path, stages: Sequence[Stage], *, restart: bool = False) -> None:
-    """Runs all checks that take seconds: data, batches, disk and target; logs warnings.
+    """Runs all checks that take seconds: data, default boxes, batches, disk and target; logs warnings.
 
     Args:
         experiment: parts of the config.
@@ -55,7 +59,10 @@ def quick_preflight(experiment: Experiment, run: Path, stages: Sequence[Stage], 
     for roots, split in splits_of(experiment.config, stages):
         with ThreadPoolExecutor() as pool:
             list(pool.map(check_image_header, experiment.annotations(roots, split)))
-    for line in data_warnings(experiment, stages):
+    warnings = data_warnings(experiment, stages)
+    if PRETRAIN_FP32 in stages:  # later stages have its default boxes
+        warnings += default_box_warnings(experiment)
+    for line in warnings:
         log.warning("warning: %s", line)
     if stages[0] is not EVAL:
         check_batches(experiment, stages)
@@ -108,6 +115,32 @@ def _shared_image_warnings(experiment: Experiment) -> list[str]:
         except InputError as error:  # this stage may not need it
             lines.append(f"images of split {split!r} were not compared with other splits ({error})")
     return lines + shared_images(found)
+
+
+def default_box_warnings(experiment: Experiment) -> list[str]:
+    """Lines about default boxes that are larger than the image, or that cover few objects to train on."""
+    detector = experiment.detector(DetectorBits.full_precision())
+    objects, lines = training_objects(experiment), oversized_boxes(experiment.config)
+    best = best_ious(detector.default_boxes_cxcywh.cpu(), torch.from_numpy(objects.boxes_xyxy) / objects.image_size)
+    covered = class_coverage(best, torch.from_numpy(objects.labels))
+    if covered < LEAST_COVERAGE:
+        lines.append(
+            f"default boxes: {covered:.0%} of the objects to train on (mean over classes) have one at IoU 0.5 or more; "
+            "`python -m instaqnas.tools.preflight --quick` looks for detector.box_sizes that reach more"
+        )
+    return lines
+
+
+def oversized_boxes(config: Config) -> list[str]:
+    """A line if `detector.box_sizes` are larger than the image, as after copying them to a smaller `image_size`."""
+    size, pairs = config.detector.image_size, config.detector.box_sizes or []
+    large = [smaller for smaller, _ in pairs if smaller > size]
+    if not large:
+        return []
+    return [
+        f"detector.box_sizes: {', '.join(map(str, large))} exceed detector.image_size = {size}; they are pixels of the "
+        "network's input and do not follow it"
+    ]
 
 
 def check_batches(experiment: Experiment, stages: Sequence[Stage]) -> None:

@@ -1,6 +1,7 @@
 """Checks before a long training: `python -m instaqnas.tools.preflight --config FILE [--run runs/NAME]`.
 
-Data: every annotation and every image header of the splits in use. Disk: the size of all checkpoints. Then each stage
+Data: every annotation and every image header of the splits in use, what a training sees of the objects, and how the
+default boxes fit them. Disk: the size of all checkpoints. Then each stage
 runs for two epochs on a few images, in a temporary run and a process of its own: an error in it would come later
 anyway, its peak memory is that of the stage, and its second epoch tells how long the whole stage takes.
 
@@ -34,6 +35,7 @@ from instaqnas.experiment.checks import check_batches, check_disk, check_target,
 from instaqnas.experiment.parts import Experiment
 from instaqnas.experiment.stage import RUN_STAGES, TRAINING_STAGES
 from instaqnas.files import GB, existing_parent
+from instaqnas.tools.data_report import DataReport, data_report, format_data_report
 from instaqnas.tools.processes import in_fresh_process
 from instaqnas.tools.stage_figures import StageFigures, measure_stage
 
@@ -45,9 +47,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preflight:
-    """Findings: content of each split, GB of disk, time and memory of the stages, and problems, one line each."""
+    """Findings: content of each split, GB of disk, time and memory of the stages, and problems, one line each.
+
+    `objects` is None if a problem came first.
+    """
 
     data: list[tuple[str, SplitCheck]]
+    objects: DataReport | None
     disk_needed_gb: float
     disk_free_gb: float
     stages: list[StageFigures]
@@ -57,6 +63,7 @@ class Preflight:
         """Plain values for `--json`."""
         return {
             "data": [{"split": split, **asdict(held)} for split, held in self.data],
+            "objects": self.objects and self.objects.plain(),
             "disk": {"needed_gb": self.disk_needed_gb, "free_gb": self.disk_free_gb},
             "stages": [{**asdict(figures), "seconds": figures.seconds} for figures in self.stages],
             "problems": self.problems,
@@ -67,11 +74,12 @@ def preflight(command: Command, *, quick: bool = False) -> Preflight:
     """Runs all checks of an experiment; no stage is measured if `quick` is set or a problem was found."""
     config = command.config
     data, problems = _check_data(config)
-    needed = free = 0
+    objects, needed, free = None, 0, 0
     stages: list[StageFigures] = []
     if not problems:
         experiment = Experiment(config)
         try:
+            objects = data_report(experiment)
             needed, free = check_disk(experiment, command.run, RUN_STAGES)
             check_batches(experiment, TRAINING_STAGES)
             check_target(experiment)
@@ -89,7 +97,7 @@ def preflight(command: Command, *, quick: bool = False) -> Preflight:
                     problems.append(f"{name}: {error}")  # later stages have nothing to start from
                     break
         problems += _too_large(stages, experiment.device)
-    return Preflight(data, needed / GB, free / GB, stages, problems)
+    return Preflight(data, objects, needed / GB, free / GB, stages, problems)
 
 
 def _check_data(config: Config) -> tuple[list[tuple[str, SplitCheck]], list[str]]:
@@ -126,13 +134,15 @@ def _too_large(stages: Sequence[StageFigures], device: torch.device) -> list[str
 
 
 def format_report(result: Preflight) -> str:
-    """Lines for the terminal, without the problems."""
+    """Lines for the terminal, without warnings and problems."""
     lines = []
     for split, held in result.data:
         lines.append(f"{split}: {held.images:,} images, {held.objects:,} objects")
         if held.without_area:
             named = ", ".join(held.without_area[:MOST_NAMED]) + (", ..." if len(held.without_area) > MOST_NAMED else "")
             lines.append(f"{split}: dropped boxes without area: {len(held.without_area)} ({named})")
+    if result.objects is not None:
+        lines.append(format_data_report(result.objects))
     if result.disk_free_gb:  # else a problem came first
         lines.append(f"disk: {result.disk_needed_gb:.2f} GB for checkpoints, {result.disk_free_gb:.2f} GB are free")
     if result.stages:
@@ -150,7 +160,7 @@ def _time(seconds: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the findings, problems last; exit status 2 if there are any."""
+    """Prints the findings, warnings and problems last; exit status 2 if there are any."""
     parser = argparse.ArgumentParser(
         prog="python -m instaqnas.tools.preflight",
         description="Check data, disk, memory and time of all stages of an experiment.",
@@ -167,6 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
     with exit_on_input_error():
         result = preflight(parse_command("eval", ["--config", options.config, *run, *overrides]), quick=options.quick)
     print(json.dumps(result.plain(), indent=1) if options.json else format_report(result))
+    for warning in result.objects.warnings if result.objects is not None else []:
+        sys.stderr.write(f"warning: {warning}\n")
     for problem in result.problems:
         sys.stderr.write(f"problem: {problem}\n")
     if result.problems:

@@ -162,7 +162,7 @@ def test_help_shows_every_setting_with_its_text(capsys: pytest.CaptureFixture[st
         "--config FILE YAML file of the experiment (required)",
         "--bits BITS how bits are chosen: policy, fp32, random, shuffled, frequencies, modal, static, basic, all or ",
         "--detector.box_sizes BOX_SIZES, --detector.box_sizes+ BOX_SIZES sizes of the default boxes in pixels,",
-        "20 % to 110 % of the image side.",
+        "20 % to 110 % of `image_size`, which do.",
         "--search.epochs EPOCHS passes over the training split.",
         "--search.policy_lr POLICY_LR learning rate of the policy (Adam, constant).",
         "--seed SEED seed of all random numbers, 0 to 4294967295.",

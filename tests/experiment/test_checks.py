@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,3 +168,20 @@ def test_a_policy_batch_of_one_image_is_refused_before_training(make_command, tm
     with pytest.raises(InputError, match=r"^search\.policy_batch_size: BatchNorm of the policy needs two images"):
         check_batches(parts, [PRETRAIN_FP32])
     check_batches(parts, [FINETUNE])
+
+
+def test_default_boxes_that_fit_few_objects_are_named_before_pretraining(
+    make_command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sizes copied from an experiment at 224 pixels to one at 64 pixels."""
+    sizes = "[[44,78],[78,112],[112,145],[145,179],[179,212],[212,246]]"
+    parts = experiment(make_command, tmp_path, f"--detector.box_sizes={sizes}")
+    quick_preflight(parts, tmp_path, [PRETRAIN_FP32])
+    oversized, poor = [record.getMessage() for record in caplog.records]
+    assert oversized.startswith("warning: detector.box_sizes: 78, 112, 145, 179, 212 exceed detector.image_size = 64; ")
+    assert re.match(r"warning: default boxes: \d+% of the objects to train on \(mean over classes\) have one at", poor)
+    caplog.clear()
+    quick_preflight(parts, tmp_path, [SEARCH])  # which takes the pretrained ones
+    assert caplog.records == []
+    quick_preflight(experiment(make_command, tmp_path), tmp_path, [PRETRAIN_FP32])  # unset sizes follow the image
+    assert "detector.box_sizes: " not in caplog.text

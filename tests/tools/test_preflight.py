@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -194,6 +196,60 @@ def test_boxes_without_area_are_reported_and_are_no_problem(config_file: Path, t
     printed = capsys.readouterr().out.splitlines()
     assert f"val: dropped boxes without area: 1 (val_000003.xml object {objects})" in printed
     assert printed[0].startswith("train: 50 images, ")
+
+
+def objects_reported(capsys: pytest.CaptureFixture, *words: str) -> dict:
+    capsys.readouterr()
+    main([*words, "--quick", "--json"])
+    return json.loads(capsys.readouterr().out)["objects"]
+
+
+def test_objects_to_train_on_are_counted_by_class_and_by_size(config_file: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "shapes/Annotations/train_000003.xml"
+    path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))
+    xmls = [file.read_text() for file in path.parent.glob("train_*.xml") if file != path]
+    names = re.findall("<object>.*?<name>([^<]+)</name>", "".join(xmls), flags=re.DOTALL)
+    lost = path.read_text().count("<difficult>1")
+    found = objects_reported(capsys, "--config", str(config_file))
+    assert {name: count for name, count in found["classes"]["train"].items() if count} == Counter(names)
+    assert list(found["classes"]) == ["train", "val", "test"]
+    assert found["empty_images"] == 1
+    assert sum(row["objects"] for row in found["sizes"]) == len(names)
+    (line,) = [line for line in found["warnings"] if "not trained on" in line]
+    assert line.startswith(f"split 'train': {lost} of {lost + len(names)} objects are not trained on ({lost} difficult")
+
+
+def test_sizes_that_are_suggested_for_poor_default_boxes_reach_what_is_said(config_file: Path, capsys) -> None:
+    words = ["--config", str(config_file)]
+    poor = objects_reported(capsys, *words, "--detector.box_sizes=[[1,2],[1,2],[2,3],[2,3],[80,90],[80,90]]")
+    assert poor["coverage"]["of_classes"] < 0.1
+    assert poor["warnings"][0] == (
+        "detector.box_sizes: 80, 80 exceed detector.image_size = 64; they are pixels of the network's input and do not "
+        "follow it"
+    )
+    suggested = poor["suggestion"]["box_sizes"]
+    assert f"detector.box_sizes: {suggested} would reach " in poor["warnings"][1]
+    better = objects_reported(capsys, *words, f"--detector.box_sizes={suggested}")
+    assert better["coverage"] == poor["suggestion"]["coverage"]
+    assert better["coverage"]["of_classes"] > 0.3
+
+
+def test_warnings_are_lines_and_no_failure(config_file: Path, tmp_path: Path, capsys) -> None:
+    lists = tmp_path / "shapes/ImageSets/Main"
+    (lists / "val.txt").write_text((lists / "train.txt").read_text())
+    main(["--config", str(config_file), "--quick"])
+    printed, errors = capsys.readouterr()
+    assert "warning: splits 'train' and 'val' share images: 50 (train_000000, " in errors
+    assert next(line for line in printed.splitlines() if line.startswith("side at 64 pixels"))
+
+
+def test_nothing_to_train_on_is_a_problem(config_file: Path, tmp_path: Path, capsys) -> None:
+    for path in (tmp_path / "shapes/Annotations").glob("train_*.xml"):
+        path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))
+    with pytest.raises(SystemExit) as left:
+        main(["--config", str(config_file)])
+    assert left.value.code == 2
+    assert "problem: split 'train': none of its " in capsys.readouterr().err
 
 
 def test_every_problem_of_the_data_is_a_line_and_nothing_is_measured(
