@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ import numpy as np
 
 from instaqnas.bits import Orientation
 from instaqnas.data.images import read_header, read_image
-from instaqnas.data.voc_lists import ListLine, find_files, read_list, read_text
+from instaqnas.data.voc_lists import ListLine, check_names, find_files, read_list, read_text
 from instaqnas.data.voc_xml import KnownClasses, UnknownClassError, finite_number, first_class, parse_annotation
 from instaqnas.errors import InputError
 
@@ -269,10 +268,6 @@ def _check_layout(root: Path) -> None:
             raise InputError(f"{root}: no folder {name}, so not in PASCAL VOC layout")
 
 
-def _read_lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
-
-
 def _has_labels(root: Path) -> bool:
     return (root / "labels.txt").is_file()
 
@@ -288,15 +283,7 @@ def _read_root_classes(root: Path) -> tuple[str, ...]:
     if not path.is_file():
         _check_voc_classes(root)
         return VOC_CLASSES
-    names = tuple(_read_lines(path))
-    if not names:
-        raise InputError(f"{path}: no class names")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise InputError(f"{path}: class {name!r} is listed {count} times")
-        if name.strip("_").casefold() == "background":
-            raise InputError(f"{path}: {name!r} must not be listed; class 0 is always background")
-    return names
+    return check_names(filter(str.strip, read_text(path).splitlines()), str(path))
 
 
 def _check_voc_classes(root: Path) -> None:

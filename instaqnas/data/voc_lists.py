@@ -1,9 +1,9 @@
-"""Text files of a PASCAL VOC tree: lines, and the lists of image ids in ImageSets/Main."""
+"""Text files of a PASCAL VOC tree: class names, and the lists of image ids in ImageSets/Main."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,24 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 text") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def check_names(names: Iterable[str], where: str) -> tuple[str, ...]:
+    """The class names without blanks at their ends.
+
+    Raises: InputError, beginning with `where`, for no name, an empty, repeated or unprintable one, or the background.
+    """
+    found = tuple(name.strip() for name in names)
+    if not found:
+        raise InputError(f"{where}: no class names")
+    for name, count in Counter(found).items():
+        if count > 1:
+            raise InputError(f"{where}: class {name!r} is listed {count} times")
+        if not name or not name.isprintable():
+            raise InputError(f"{where}: {name!r} is no class name")
+        if name.strip("_").casefold() == "background":
+            raise InputError(f"{where}: {name!r} must not be listed; class 0 is always background")
+    return found
 
 
 def split_names(root: Path, class_names: Sequence[str]) -> list[str]:
