@@ -267,7 +267,7 @@ def test_every_problem_of_the_data_is_a_line_and_nothing_is_measured(
     assert problems == [
         f"problem: {root}/JPEGImages/train_000002.jpg: not a readable image",
         f"problem: {root}/JPEGImages/train_000004.jpg: not a readable image",
-        f"problem: {root}/Annotations/val_000001.xml: cannot be read: No such file or directory",
+        f"problem: {root}/ImageSets/Main/val.txt, line 2: no annotation {root}/Annotations/val_000001.xml",
         f"problem: {root}/JPEGImages/test_000001.jpg: not a readable image",
     ]
 
