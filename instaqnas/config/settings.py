@@ -117,7 +117,7 @@ class DetectorConfig:
 class BitsConfig:
     """Bit-widths of the detector, as pairs [weight bits, activation bits]: 2 to 8, or 32 for full precision.
 
-    In all layers but the stem, activations come from a ReLU and may also have 1 bit.
+    In all layers but the stem, activations come from a ReLU and may also have 1 bit; the stem then has 2.
 
     Args:
         choices: 1 to 8 different pairs, from which the policy chooses at each position.
@@ -472,11 +472,6 @@ def _check_policy(config: Config) -> None:
 def _check_bits(bits: BitsConfig) -> None:
     if bits.levels is not None and bits.positions != "network":
         raise unexpected("bits.positions", "network for bits.levels", bits.positions)
-    if bits.positions != "pointwise" and any(activation_bits == 1 for _, activation_bits in bits.choices):
-        expected = (
-            f"at least 2 bits for activations with bits.positions = {bits.positions}: the image is not behind a ReLU"
-        )
-        raise unexpected("bits.choices", expected, bits.choices)
     if bits.quantizer not in ("lsq_plus", "lsq"):
         if bits.per_channel:
             raise unexpected("bits.per_channel", f"false for bits.quantizer = {bits.quantizer}", value=True)

@@ -73,13 +73,20 @@ class DetectorBits:
     def choices_of(self, group: str, layer: int) -> Sequence[BitChoice]:
         """Bit choices of one layer.
 
+        Of the stem's `choices`, those with 1-bit activations have 2: the image is not behind a ReLU, and quantized on a
+        signed grid.
+
         Args:
             group: stem, depthwise, pointwise, extras or heads.
             layer: its number in the network, from 0.
         """
         if self.levels is not None:
             return [level[layer] for level in self.levels]
-        return self.choices if group in GROUPS_OF[self.positions] else [getattr(self, group)]
+        if group not in GROUPS_OF[self.positions]:
+            return [getattr(self, group)]
+        if group == "stem":
+            return [(weight_bits, max(activation_bits, 2)) for weight_bits, activation_bits in self.choices]
+        return self.choices
 
     @property
     def names(self) -> list[str]:

@@ -144,12 +144,8 @@ def test_one_bit_is_for_activations_behind_a_relu(parse: Parse, refusal: Callabl
     bits = parse(MINIMAL, "--bits.choices=[[2, 1], [2, 2]]", "--bits.heads=[3, 1]").config.bits
     assert bits.choices == [(2, 1), (2, 2)]
     assert bits.heads == (3, 1)
-    for positions in ("backbone", "all"):
-        message = refusal(MINIMAL, "--bits.choices=[[2, 2], [2, 1]]", f"--bits.positions={positions}")
-        assert message == (
-            f"bits.choices: expected at least 2 bits for activations with bits.positions = {positions}: "
-            "the image is not behind a ReLU, got [[2, 2], [2, 1]]"
-        )
+    message = refusal(MINIMAL, "--bits.stem=[3, 1]")
+    assert message == "bits.stem: expected bit-widths from 2 to 8, or 32, got [3, 1]"
 
 
 @pytest.mark.parametrize("positions", ["backbone", "backbone+extras", "all"])

@@ -151,3 +151,12 @@ def test_integers_compute_levels_with_their_own_bits(mixed: SwitchableSSD, image
     with torch.no_grad():
         expected, found = mixed(images, chosen), to_integer(mixed)(images, chosen)
     torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["backbone", "all", "network"])
+def test_the_image_has_at_least_two_bits_where_other_layers_have_one(positions: Positions) -> None:
+    choices = [(2, 1), (3, 2)]
+    detector = SwitchableSSD(3, DetectorBits(choices, *[(8, 8)] * 4, positions=positions), image_size=64, width=0.125)
+    stem, *others = detector_layers(detector)
+    assert list(stem.choices) == [(2, 2), (3, 2)]
+    assert tuple(choices) in [tuple(layer.choices) for layer in others]
