@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from pathlib import Path
 
 from instaqnas.bits import Script
 from instaqnas.config.command import parse_command
-from instaqnas.errors import exit_on_input_error
+from instaqnas.errors import InputError, exit_on_input_error
+
+
+def _write_page(run: Path) -> None:
+    """Writes the report page; a run whose older files it cannot read keeps its result without one."""
+    from instaqnas.evaluation.page import write_page
+
+    try:
+        logging.getLogger(__name__).info("report: %s", write_page(run))
+    except InputError as error:
+        logging.getLogger(__name__).warning("warning: no report page: %s", error)
 
 
 def main(stage: Script) -> None:
@@ -24,6 +36,8 @@ def main(stage: Script) -> None:
 
             run = {"pretrain": run_pretrain, "search": run_search, "finetune": run_finetune, "eval": run_eval}
             run[stage](command)
+            if distributed.is_writer():
+                _write_page(command.run)
             distributed.leave()
     except KeyboardInterrupt:
         if stage == "eval":

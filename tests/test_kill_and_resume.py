@@ -14,6 +14,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
     return trainings
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_and_resumed_ends_as_an_undisturbed_one(trainings: Trainings) -> None:
     left, kills = trainings.disturbed("search", workers=0, kills=2, in_save=1)
     assert len(kills) == 2

@@ -73,8 +73,7 @@ class DetectorBits:
     def choices_of(self, group: str, layer: int) -> Sequence[BitChoice]:
         """Bit choices of one layer.
 
-        Of the stem's `choices`, those with 1-bit activations have 2: the image is not behind a ReLU, and quantized on a
-        signed grid.
+        The stem has 2 bits where its choice says 1: the image is not behind a ReLU, and its grid is signed.
 
         Args:
             group: stem, depthwise, pointwise, extras or heads.

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from instaqnas.bits import FP32, FREQUENCIES, MODAL, POLICY, RANDOM, SHUFFLED, STATIC
+from instaqnas.data.voc import Annotation
+from instaqnas.evaluation.coco_files import write_detections, write_ground_truth
 from instaqnas.evaluation.measure import EvalReport
 from instaqnas.evaluation.survey import Diagnosis
 from instaqnas.experiment.run_dir import versions
@@ -31,7 +34,7 @@ COLOURS = {
 }
 UNIFORM_COLOURS = ("C0", "C9", "C8", "C7", "black", "gold", "navy", "lime")  # bits.choices has eight at most
 REPORT_FILE = "report.json"
-MATCHES = "matches_"  # beginning of the names of files with matched detections
+LINE = 120  # characters on a line of the terminal
 RUN_MARKERS, RUN_LINES = "o^sDvPX<>", ("--", ":", "-.")
 ROW_KEYS = (
     "map_11pt",
@@ -93,13 +96,37 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_report(folder: Path, rows: Sequence[ReportRow], config: dict[str, Any]) -> None:
-    """Writes report.json, per_image.csv, pareto.png, and the matched detections of each row for `tools.compare`."""
+def matches_file(bits: str) -> str:
+    """Name of the file with the matched detections of one row, such as `matches_uniform_w3a3.npz`."""
+    return f"matches_{bits.replace(':', '_')}.npz"
+
+
+def format_classes(row: dict[str, Any]) -> str:
+    """AP of each class that has objects, lowest first, for the terminal; `row` is of report.json."""
+    known = sorted((ap, name) for name, ap in row["ap_11pt"].items() if ap is not None and not math.isnan(ap))
+    text = ", ".join(f"{name} {100 * ap:.1f}" for ap, name in known)
+    return textwrap.fill(f"AP of {row['bits']}, 11 points, %: {text}", LINE)
+
+
+def write_report(
+    folder: Path, rows: Sequence[ReportRow], annotations: Sequence[Annotation], config: dict[str, Any]
+) -> None:
+    """Writes report.json, per_image.csv, pareto.png, and for each row its matched detections and COCO files.
+
+    Args:
+        folder: to write to; made if it is missing.
+        rows: of the same images.
+        annotations: of these images, in the order of the data set.
+        config: as plain values.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plain = [row.plain() for row in rows]
     for row, values, found in zip(rows, plain, intervals(rows, config["seed"]), strict=True):
         values |= found
-        save_matches(folder / f"{MATCHES}{row.bits.replace(':', '_')}.npz", row.report.matched)
+        save_matches(folder / matches_file(row.bits), row.report.matched)
+        write_detections(folder, row.bits, row.report.records, annotations, config["detector"]["image_size"])
+    class_names, image_size = list(rows[0].report.ap_11pt), config["detector"]["image_size"]
+    write_ground_truth(folder, rows[0].report.records, annotations, class_names, image_size)
     content = {"rows": plain, "config": config, "versions": versions(), "seed": config["seed"]}
     write_text(folder / REPORT_FILE, json.dumps(_finite(content), indent=1) + "\n")
     _write_per_image(folder / "per_image.csv", rows)

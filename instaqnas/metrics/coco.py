@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -26,12 +27,12 @@ def coco_ap(records: DetectionRecords) -> float:
     labels: set[int] = set()
     for batch in records.batches:
         labels.update(batch.gt_labels[batch.gt_labels > 0].tolist())  # 0 is padding
-    images = [{"id": i, "file_name": image_id} for i, image_id in enumerate(records.image_ids)]
+    images = [{"id": i, "file_name": image_id} for i, image_id in enumerate(records.image_ids, start=1)]
     categories = [{"id": label} for label in sorted(labels)]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation = COCOeval(
-            _make_coco(images, categories, _objects(records)),
-            _make_coco(images, categories, _detections(records)),
+            _make_coco(images, categories, coco_objects(records)),
+            _make_coco(images, categories, coco_detections(records)),
             iouType="bbox",
         )
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, math.inf]], ["all"]
@@ -52,34 +53,45 @@ def _make_coco(images: list[dict], categories: list[dict], annotations: Iterable
     return coco
 
 
-def _objects(records: DetectionRecords) -> Iterator[dict]:
+def coco_objects(records: DetectionRecords, scales: Tensor | None = None) -> Iterator[dict[str, Any]]:
+    """COCO's dictionary of each object, without its id; difficult objects are crowds.
+
+    Args:
+        records: images are numbered from 1, in their order; category k is label k.
+        scales: what x and y of the boxes of each image are multiplied by, [N, 2]; None for 1.
+    """
     for first_image, batch in _numbered_batches(records):
         crowds = batch.gt_difficult.int()
-        for annotation, crowd in _annotations(first_image, batch.gt_boxes_xyxy, batch.gt_labels, crowds):
+        for annotation, crowd in _annotations(first_image, batch.gt_boxes_xyxy, batch.gt_labels, crowds, scales):
             yield {**annotation, "iscrowd": crowd}
 
 
-def _detections(records: DetectionRecords) -> Iterator[dict]:
+def coco_detections(records: DetectionRecords, scales: Tensor | None = None) -> Iterator[dict[str, Any]]:
+    """COCO's dictionary of each detection, without an id; arguments as of `coco_objects`."""
     for first_image, batch in _numbered_batches(records):
-        for annotation, score in _annotations(first_image, batch.det_boxes_xyxy, batch.det_labels, batch.det_scores):
+        found = _annotations(first_image, batch.det_boxes_xyxy, batch.det_labels, batch.det_scores, scales)
+        for annotation, score in found:
             yield {**annotation, "score": score}
 
 
 def _numbered_batches(records: DetectionRecords) -> Iterator[tuple[int, RecordBatch]]:
-    """Each batch with the number of its first image."""
-    first_image = 0
+    """Each batch with the number of its first image, from 1."""
+    first_image = 1
     for batch in records.batches:
         yield first_image, batch
         first_image += len(batch.gt_labels)
 
 
-def _annotations(first_image: int, boxes_xyxy: Tensor, labels: Tensor, extra: Tensor) -> Iterator[tuple[dict, float]]:
+def _annotations(
+    first_image: int, boxes_xyxy: Tensor, labels: Tensor, extra: Tensor, scales: Tensor | None
+) -> Iterator[tuple[dict[str, Any], float]]:
     """COCO's dict of each box except padding, with the box's value of `extra` [B, N]."""
     valid = labels > 0
     images = valid.nonzero()[:, 0] + first_image
-    rows = zip(
-        images.tolist(), labels[valid].tolist(), boxes_xyxy[valid].double().tolist(), extra[valid].tolist(), strict=True
-    )
+    boxes_xyxy = boxes_xyxy[valid].double()
+    if scales is not None:
+        boxes_xyxy = boxes_xyxy * scales[images - 1].repeat(1, 2)
+    rows = zip(images.tolist(), labels[valid].tolist(), boxes_xyxy.tolist(), extra[valid].tolist(), strict=True)
     for image, label, (x1, y1, x2, y2), value in rows:
         width, height = x2 - x1, y2 - y1
         box = [x1, y1, width, height]

@@ -23,7 +23,7 @@ from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, copy_weights, de
 from instaqnas.errors import InputError
 from instaqnas.evaluation.baselines import Baselines
 from instaqnas.evaluation.comparison import measured_row, row_names, row_source
-from instaqnas.evaluation.report import format_table, write_report
+from instaqnas.evaluation.report import format_classes, format_table, write_report
 from instaqnas.evaluation.sensitivity import cheapest_and_most_expensive
 from instaqnas.experiment.checks import quick_preflight
 from instaqnas.experiment.handover import (
@@ -250,9 +250,11 @@ def run_eval(command: Command, experiment: Experiment | None = None) -> None:
         folder = folder / command.bits.replace(":", "_")
     if command.budget is not None:
         folder = folder.with_name(f"{folder.name}_at_{command.budget:g}")
-    write_report(folder, rows, experiment.plain)
-    log.info("%s", format_table([row.plain() for row in rows]))
-    log.info("report and plot: %s", folder)
+    write_report(folder, rows, loader.annotations, experiment.plain)
+    plain = [row.plain() for row in rows]
+    log.info("%s", format_table(plain))
+    log.info("%s", format_classes(plain[-1]))
+    log.info("figures, plot and COCO files: %s", folder)
     log.info("TensorBoard: .venv/bin/tensorboard --logdir %s", command.run)
 
 

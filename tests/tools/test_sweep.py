@@ -180,6 +180,7 @@ def test_a_lost_output_is_made_again_with_all_that_depends_on_it(config: Path, s
     assert calls(scripts) == of_target("0.11")[1:]
 
 
+@pytest.mark.slow
 def test_steps_after_one_that_ran_again_run_even_if_the_sweep_ended_in_between(
     config: Path, scripts: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -54,6 +54,7 @@ def losses(experiment: Experiment, detector: SwitchableSSD, configuration: list[
     return torch.stack(found).cpu()
 
 
+@pytest.mark.slow
 def test_an_image_gets_what_is_best_at_the_price_the_more_the_more_loss_it_has_under_the_cheapest(
     command: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
