@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -24,8 +25,11 @@ class TrainingError(Exception):
 def exit_on_input_error() -> Iterator[None]:
     """Turns an `InputError` or `OSError` (exit status 2) or a `TrainingError` (1) into one line on standard error.
 
-    An `OSError` that arrives here is a folder without permission or a full disk.
+    An `OSError` that arrives here is a folder without permission or a full disk. Warnings are one line too, without the
+    place in the code.
     """
+    warnings.formatwarning = _one_line
+    warnings.showwarning = _show
     try:
         yield
     except (InputError, TrainingError) as error:
@@ -33,6 +37,15 @@ def exit_on_input_error() -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _exit(f"{where}{error.strerror or error}", 2)
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """The text of a warning for the log, which ends lines itself."""
+    return f"warning: {message}"
+
+
+def _show(message: Warning | str, *_: object, **__: object) -> None:
+    sys.stderr.write(f"{_one_line(message)}\n")
 
 
 def _exit(message: str, status: int) -> NoReturn:

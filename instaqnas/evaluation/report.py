@@ -13,7 +13,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from instaqnas.bits import FP32, FREQUENCIES, MODAL, POLICY, RANDOM, SHUFFLED, STATIC
+from instaqnas.bits import FP32, FREQUENCIES, MODAL, POLICY, RANDOM, SHUFFLED, STATIC, UNIFORM
 from instaqnas.data.voc import Annotation
 from instaqnas.evaluation.coco_files import write_detections, write_ground_truth
 from instaqnas.evaluation.measure import EvalReport
@@ -127,6 +127,8 @@ def write_report(
         write_detections(folder, row.bits, row.report.records, annotations, config["detector"]["image_size"])
     class_names, image_size = list(rows[0].report.ap_11pt), config["detector"]["image_size"]
     write_ground_truth(folder, rows[0].report.records, annotations, class_names, image_size)
+    if (efficacy := routing_efficacy(rows)) is not None:
+        next(values for values in plain if values["bits"] == POLICY)["routing_efficacy"] = efficacy
     content = {"rows": plain, "config": config, "versions": versions(), "seed": config["seed"]}
     write_text(folder / REPORT_FILE, json.dumps(_finite(content), indent=1) + "\n")
     _write_per_image(folder / "per_image.csv", rows)
@@ -149,6 +151,23 @@ def intervals(rows: Sequence[ReportRow], seed: int) -> list[dict[str, Any]]:
             values["policy_minus_this"] = list(difference)
         found.append(values)
     return found
+
+
+def routing_efficacy(rows: Sequence[ReportRow]) -> float | None:
+    """(policy - shuffled) / (most expensive - shuffled) in mAP (11 points), all on the policy's detector.
+
+    `shuffled` has the policy's mean cost without looking at the images. 0: looking brings nothing; 1: as good as every
+    image at the most expensive choice. None without these rows, or if more bits are no better than chance.
+    """
+    by_name = {row.bits: row for row in rows}
+    if POLICY not in by_name or SHUFFLED not in by_name:
+        return None
+    same = [row for row in rows if row.checkpoint == by_name[POLICY].checkpoint and row.bits.startswith(UNIFORM)]
+    if not same:
+        return None
+    chance, best = by_name[SHUFFLED].report.map_11pt, max(same, key=lambda row: row.report.gbitops_detector)
+    room = best.report.map_11pt - chance
+    return (by_name[POLICY].report.map_11pt - chance) / room if room > 0 else None
 
 
 def _write_per_image(path: Path, rows: Sequence[ReportRow]) -> None:
