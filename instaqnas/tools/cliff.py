@@ -5,8 +5,8 @@ Measures one network that was trained under random bit configurations:
 - mAP, loss and GBitOps under every uniform choice;
 - the rise of the loss when one position gets a cheaper choice and all others stay random.
 
-The cliff is the pair of uniform choices, neighbours in cost, between which mAP falls most per GBitOps. Target costs
-are best set between these two.
+The cliff is the pair of uniform choices, neighbours in cost, between which mAP falls most per GBitOps, if the fall is
+above the noise of the split's images (95 % interval, paired bootstrap). Target costs are best set between these two.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from instaqnas.evaluation.sensitivity import ANY, cheapest_and_most_expensive, l
 from instaqnas.experiment.handover import Checkpoint, initial_checkpoint, pretrained_checkpoint
 from instaqnas.experiment.parts import Experiment
 from instaqnas.experiment.stage import QUANTIZED_KINDS
+from instaqnas.metrics.bootstrap import Interval, mean_difference, resampled
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.tools.arguments import add_split, refuse, run_command, run_parser, split_to_measure
+
+LEARNED = 0.01  # mAP, 0 to 1, below which a network has learned nothing
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Landscape:
         policy_gbitops: cost of the policy network per image.
         uniform: one entry for each choice.
         steps: one entry for each position and cheaper choice.
+        fall: mAP (0 to 1) lost at the steepest pair of neighbours, with its 95 % interval; None if mAP never falls.
     """
 
     split: str
@@ -77,15 +81,21 @@ class Landscape:
     policy_gbitops: float
     uniform: list[UniformChoice]
     steps: list[CheaperChoice]
+    fall: Interval | None
+
+    @property
+    def edge(self) -> tuple[UniformChoice, UniformChoice] | None:
+        """The two choices of the cliff, cheaper first; None without a fall above the noise."""
+        return cliff(self.uniform) if self.fall is not None and self.fall.low > 0 else None
 
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON.
 
         `cliff` has the names of the choices below and above the cliff, `target_gbitops` their costs with the policy;
-        both are None if mAP never falls.
+        both are None if mAP never falls by more than noise.
         """
         steps = [{**asdict(step), "rise_per_gbitops": step.rise_per_gbitops} for step in self.steps]
-        edge = cliff(self.uniform)
+        edge = self.edge
         if edge is None:
             return {**asdict(self), "steps": steps, "cliff": None, "target_gbitops": None}
         names = [row.choice for row in edge]
@@ -148,15 +158,20 @@ def measure_landscape(experiment: Experiment, checkpoint: Checkpoint, split: str
     loader = experiment.loader_of(split)
     random_bits = experiment.choose_random("sensitivity")
     mean_loss = mean_loss_on(detector, loader, random_bits, experiment.device)
-    uniform = []
+    uniform, matched = [], {}
     for k, name in enumerate(names):
         report = evaluate(experiment, detector, loader, experiment.choose_fixed(detector, k))
         loss = mean_loss([k] * len(detector.positions))
         uniform.append(UniformChoice(name, report.map_11pt, loss, report.gbitops_detector))
+        matched[name] = report.matched
     losses = losses_around([ANY] * len(detector.positions), len(names), mean_loss)
     steps = cheaper_steps(detector.positions, names, losses, costs)
     policy_cost = policy_gbitops(experiment.policy(), detector.image_size)
-    return Landscape(split, str(checkpoint.path), policy_cost, uniform, steps)
+    fall, steepest = None, cliff(uniform)
+    if steepest is not None:
+        lower, upper = (matched[row.choice] for row in steepest)
+        fall = mean_difference([upper], [lower], resampled(len(lower.image_ids), experiment.config.seed))
+    return Landscape(split, str(checkpoint.path), policy_cost, uniform, steps, fall)
 
 
 def format_tables(found: Landscape) -> str:
@@ -178,17 +193,25 @@ def format_tables(found: Landscape) -> str:
 
 
 def cliff_line(found: Landscape) -> str:
-    """One line with the two choices of the cliff and their costs, policy included."""
-    edge = cliff(found.uniform)
-    if edge is None:
+    """One line with the two choices of the cliff and their costs, policy included, or why there is none."""
+    if max(row.map_11pt for row in found.uniform) < LEARNED:
+        return (
+            f"the network has learned nothing: mAP is below {100 * LEARNED:g} % at every choice; train it longer, "
+            "or see what preflight says of its data"
+        )
+    if found.fall is None:
         return "no cliff: mAP never falls from one uniform choice to the next cheaper one; add cheaper choices"
-    lower, upper = edge
-    fall = 100 * (upper.map_11pt - lower.map_11pt)
-    per_gbitops = 100 * _fall(edge)
-    targets = " to ".join(f"{row.gbitops + found.policy_gbitops:.4g}" for row in edge)
+    value, low, high = (100 * number for number in found.fall)
+    if found.edge is None:
+        return (
+            f"no cliff: the steepest fall of mAP, {value:.1f} points, is within noise (95 % interval {low:+.1f} to "
+            f"{high:+.1f}); add cheaper choices, or measure on more images"
+        )
+    lower, upper = found.edge
+    targets = " to ".join(f"{row.gbitops + found.policy_gbitops:.4g}" for row in found.edge)
     return (
-        f"cliff: from {upper.choice} to {lower.choice} mAP falls by {fall:.1f} points, {per_gbitops:.4g} per GBitOps; "
-        f"set targets from {targets} GBitOps, policy included"
+        f"cliff: from {upper.choice} to {lower.choice} mAP falls by {value:.1f} points (95 % interval {low:+.1f} to "
+        f"{high:+.1f}), {100 * _fall(found.edge):.4g} per GBitOps; set targets from {targets} GBitOps, policy included"
     )
 
 

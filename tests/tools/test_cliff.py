@@ -15,6 +15,7 @@ from instaqnas.config.reading import from_plain
 from instaqnas.detector.ssd import detector_costs
 from instaqnas.evaluation.measure import evaluate
 from instaqnas.experiment.parts import Experiment
+from instaqnas.metrics.bootstrap import Interval
 from instaqnas.policy.bit_config import fixed
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.tools.cliff import Landscape, UniformChoice, cliff, cliff_line, main
@@ -37,9 +38,9 @@ def test_the_cliff_is_where_map_falls_most_per_gbitops() -> None:
     )
     lower, upper = cliff(rows)
     assert (lower.choice, upper.choice) == ("w2a2", "w2a3")  # 0.5 a GBitOps, then 0.1, 0.115, 0.005
-    line = cliff_line(Landscape("val", "x.pt", 0.25, rows, []))
+    line = cliff_line(Landscape("val", "x.pt", 0.25, rows, [], Interval(0.25, 0.2, 0.3)))
     assert line == (
-        "cliff: from w2a3 to w2a2 mAP falls by 25.0 points, 50 per GBitOps; "
+        "cliff: from w2a3 to w2a2 mAP falls by 25.0 points (95 % interval +20.0 to +30.0), 50 per GBitOps; "
         "set targets from 1.25 to 1.75 GBitOps, policy included"
     )
 
@@ -52,9 +53,22 @@ def test_the_better_of_two_choices_of_equal_cost_counts() -> None:
 def test_there_is_no_cliff_if_map_never_falls() -> None:
     rows = uniform(("w2a2", 0.5, 1.0), ("w3a3", 0.5, 2.0), ("w4a4", 0.4, 3.0))
     assert cliff(rows) is None
-    found = Landscape("val", "x.pt", 0.25, rows, [])
-    assert cliff_line(found).startswith("no cliff: ")
+    found = Landscape("val", "x.pt", 0.25, rows, [], None)
+    assert cliff_line(found).startswith("no cliff: mAP never falls")
     assert (found.plain()["cliff"], found.plain()["target_gbitops"]) == (None, None)
+
+
+def test_a_fall_within_noise_is_no_cliff() -> None:
+    rows = uniform(("w2a2", 0.5, 1.0), ("w3a3", 0.52, 2.0))
+    found = Landscape("val", "x.pt", 0.25, rows, [], Interval(0.02, -0.01, 0.05))
+    assert "2.0 points, is within noise (95 % interval -1.0 to +5.0)" in cliff_line(found)
+    assert found.plain()["cliff"] is None
+
+
+def test_a_network_that_has_learned_nothing_has_no_cliff_to_look_for() -> None:
+    rows = uniform(("w2a2", 0.001, 1.0), ("w3a3", 0.009, 2.0))
+    found = Landscape("val", "x.pt", 0.25, rows, [], Interval(0.008, 0.001, 0.01))
+    assert cliff_line(found).startswith("the network has learned nothing: mAP is below 1 % at every choice")
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +147,7 @@ def test_tables_have_a_line_for_every_choice_and_position_and_end_with_the_cliff
     assert lines[6].split() == ["position", "w3a3", "per", "GBitOps", "w2a2", "per", "GBitOps"]
     assert len(lines[7:-1]) == 13
     assert all(len(line.split()) == 5 for line in lines[7:-1])
-    assert "cliff: " in lines[-1]
+    assert "cliff: " in lines[-1] or lines[-1].startswith("the network has learned nothing")
 
 
 @pytest.mark.parametrize(
