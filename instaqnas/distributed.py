@@ -31,7 +31,6 @@ from instaqnas.errors import InputError, TrainingError
 # How long one process waits for another. A dead one is noticed at once, by its connection and by torchrun; this limit
 # is for one that hangs, and leaves the writer time to evaluate and to save.
 PATIENCE = timedelta(minutes=10)
-SECONDS_IN_LOGS = 30  # between updates of a progress bar outside a terminal
 
 T = TypeVar("T")
 _alone = False
@@ -164,19 +163,14 @@ def only_own_gradients(network: nn.Module) -> contextlib.AbstractContextManager:
 
 
 def progress_bar(items: Iterable[T], text: str, done: int = 0) -> tqdm[T]:
-    """A progress bar over `items`, shown by the writer.
+    """A progress bar over `items`, shown by the writer on a terminal; a log would keep every update.
 
     Args:
         items: of a loader, or others with a length.
         text: in front of the bar.
         done: items of an earlier run, counted as done.
-
-    In a log, where every update stays, it updates every `SECONDS_IN_LOGS`.
     """
-    bar = tqdm(items, desc=text, initial=done, leave=False, disable=not is_writer())
-    if not sys.stderr.isatty():
-        bar.mininterval = bar.maxinterval = SECONDS_IN_LOGS
-    return bar
+    return tqdm(items, desc=text, initial=done, leave=False, disable=not (is_writer() and sys.stderr.isatty()))
 
 
 class _Total(torch.autograd.Function):

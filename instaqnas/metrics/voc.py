@@ -13,6 +13,8 @@ from torch import Tensor
 
 from instaqnas.metrics.matching import match_detections
 
+LEARNED = 0.01  # mAP, 0 to 1; a detector that never rises above it has learned nothing
+
 
 class RecordBatch(NamedTuple):
     """Detections and objects of B images on the CPU, padded with label 0: the arguments of `match_detections`."""

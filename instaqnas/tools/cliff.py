@@ -25,11 +25,10 @@ from instaqnas.experiment.handover import Checkpoint, initial_checkpoint, pretra
 from instaqnas.experiment.parts import Experiment
 from instaqnas.experiment.stage import QUANTIZED_KINDS
 from instaqnas.metrics.bootstrap import Interval, mean_difference, resampled
+from instaqnas.metrics.voc import LEARNED
 from instaqnas.policy.network import policy_gbitops
 from instaqnas.quant.bitops import CostTable
 from instaqnas.tools.arguments import add_split, refuse, run_command, run_parser, split_to_measure
-
-LEARNED = 0.01  # mAP, 0 to 1, below which a network has learned nothing
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ with open_stage(experiment, run, stage, source=source) as run_dir:
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -31,9 +32,11 @@ from instaqnas.experiment.handover import Checkpoint
 from instaqnas.experiment.parts import Experiment
 from instaqnas.experiment.run_dir import RunDir
 from instaqnas.experiment.stage import FULL_PRECISION_KINDS
+from instaqnas.metrics.voc import LEARNED
 from instaqnas.policy.bit_config import ChooseBits
 from instaqnas.quant.batch_norm import reestimate_batch_norm, use_batch_renorm
 from instaqnas.training.detector_step import Parameters, Teacher, detector_step
+from instaqnas.training.history import EpochClock
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
 from instaqnas.training.state import TrainState
 
@@ -73,6 +76,7 @@ class DetectorTraining:
     state: TrainState
     teacher: Teacher | None
     keep_best: bool
+    clock: EpochClock = field(default_factory=EpochClock)
 
     @staticmethod
     def begin(
@@ -141,10 +145,16 @@ class DetectorTraining:
             return
         self.run_dir.open_tensorboard(self.state.detector_steps(len(self.loader)))
         while self.state.epoch < self.settings.epochs:
+            self.clock.start()
             yield self.state.epoch
         distributed.barrier()  # the next stage reads the checkpoint
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.state.metrics.items())
-        log.info("%s: done, %s", self.run_dir.stage.name, metrics)
+        if self.val_loader is not None and self.state.best_map < LEARNED:
+            log.warning(
+                "warning: %s has learned nothing: val mAP never rose above %g %%; look at the losses above, at "
+                "detector.box_sizes and at the labels (instaqnas.tools.preflight)",
+                self.run_dir.stage.name,
+                100 * LEARNED,
+            )
 
     def train_epoch(
         self, epoch: int, choose_bits: ChooseBits, choose_student: ChooseBits | None = None
@@ -163,6 +173,7 @@ class DetectorTraining:
         bar = distributed.progress_bar(self.loader, text, sums.steps)
         parameters = Parameters.of(self.detector)
         self.detector.train()
+        begun, images = time.monotonic(), 0
         for batch in bar:
             result = detector_step(
                 self.network,
@@ -178,6 +189,7 @@ class DetectorTraining:
                 step=state.detector_steps(len(self.loader)),
             )
             sums.add(result.losses, result.images, result.choices)
+            images += result.images
             if self.average is not None:
                 self.average.update_parameters(self.detector)
             bar.set_postfix(loss=f"{result.losses['loss']:.3f}", refresh=False)
@@ -187,6 +199,7 @@ class DetectorTraining:
                 scalars = {**result.losses, "grad_norm": result.grad_norm, "lr": rate}
                 self.run_dir.log_step(done, {f"step/{name}": value for name, value in scalars.items()})
             self.save_if_due()
+        self.clock.trained(images, time.monotonic() - begun)
         return sums.means("train/")
 
     def validate_epoch(self, choose_bits: ChooseBits, policy_gbitops: float = 0.0) -> dict[str, float]:
@@ -216,6 +229,7 @@ class DetectorTraining:
         state.best_map, state.metrics = best_map, scalars
         # Before the checkpoint: a run resumed from it does not log this epoch again.
         self.run_dir.log_epoch(state.epoch, step, scalars, state.choices)
+        log.info("%s", self.clock.line(self.run_dir.stage.name, state.epoch, settings.epochs, scalars))
         if self.validates:
             self._draw_pictures(choose_bits, step)
         if improved or self._is_due(settings.save_every):
