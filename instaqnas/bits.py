@@ -30,7 +30,6 @@ Augmentation = Literal["ssd", "flips"]
 ImageCache = Literal["none", "ram"]
 # Pixels that boxes refer to; `auto`: stored ones, unless only the upright picture has the annotated size.
 Orientation = Literal["stored", "upright", "auto"]
-Device = Literal["auto", "cpu", "cuda"]
 Script = Literal["pretrain", "search", "finetune", "eval"]  # the entry scripts, without .py
 
 # Ways to choose bits: the values of `--bits`, by which reports, tables and plots name their rows.

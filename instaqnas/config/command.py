@@ -19,7 +19,7 @@ from instaqnas.bits import (
     Script,
     uniform_name,
 )
-from instaqnas.config.reading import SettingParser, did_you_mean, read_yaml
+from instaqnas.config.reading import SettingParser, did_you_mean, in_home, read_yaml
 from instaqnas.config.settings import Config
 from instaqnas.errors import InputError
 
@@ -126,9 +126,9 @@ def _stage_parser(stage: Script, settings: SettingParser) -> argparse.ArgumentPa
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the experiment (required)")
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="folder to write to (default: runs/<name of FILE>)")
-    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help=_INIT_TEXT[stage])
+    parser.add_argument("--config", type=_path, metavar="FILE", help="YAML file of the experiment (required)")
+    parser.add_argument("--run", type=_path, metavar="FOLDER", help="folder to write to (default: runs/<name of FILE>)")
+    parser.add_argument("--init", type=_path, metavar="CHECKPOINT", help=_INIT_TEXT[stage])
     if stage in _BITS:
         parser.add_argument(
             "--bits",
@@ -150,6 +150,10 @@ def _stage_parser(stage: Script, settings: SettingParser) -> argparse.ArgumentPa
             help="start the stage over; its earlier folder is kept as <folder>.old-1",
         )
     return parser
+
+
+def _path(text: str) -> Path:
+    return Path(in_home(text))
 
 
 def _check_options(words: list[str], known: list[str]) -> None:

@@ -176,6 +176,20 @@ class _Setting:
         return _TYPE_TEXTS[self.type]
 
 
+def in_home(path: Any) -> Any:
+    """A text that begins with ~ as a path in the home folder; anything else as it is.
+
+    Raises:
+        InputError: ~NAME for a user that does not exist.
+    """
+    if not isinstance(path, str) or not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise InputError(f"{path}: no such home folder") from None
+
+
 def read_levels(path: Path) -> list[list[BitChoice]]:
     """Returns `bits.levels` from a JSON file of instaqnas.tools.levels.
 
@@ -191,6 +205,7 @@ def read_levels(path: Path) -> list[list[BitChoice]]:
         raise InputError(f"bits.levels: {path}: not a file of instaqnas.tools.levels ({error})") from None
 
 
+_PATHS = ("data.roots", "data.test_roots", "pretrain_fp32.pretrained", "bits.levels")  # a leading ~ is the home folder
 _FROM_FILE = {"bits.levels": read_levels}  # settings that may also name a file, by the function that reads it
 
 
@@ -261,6 +276,14 @@ class SettingParser(jsonargparse.ArgumentParser):
             InputError: a setting without a value, a value outside its range, or a file that cannot be read; the message
                 names the dotted key or the file.
         """
+        for key, setting in self.settings.items():
+            if values[key] == "null" and setting.type is str:  # of the command line, where all values are texts
+                values[key] = None
+            if values[key] is None and setting.default == "":
+                values[key] = ""
+            if key in _PATHS and values[key]:
+                paths = values[key]
+                values[key] = [in_home(path) for path in paths] if isinstance(paths, list) else in_home(paths)
         for key, read in _FROM_FILE.items():
             if isinstance(values[key], str):
                 if not values[key].endswith(".json"):

@@ -7,6 +7,7 @@ and configuration errors answer at once.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 
 from instaqnas.bits import (
@@ -16,7 +17,6 @@ from instaqnas.bits import (
     BitChoice,
     CompileMode,
     Configurations,
-    Device,
     ImageCache,
     OptimizerName,
     Orientation,
@@ -55,6 +55,9 @@ SOME_FOLDERS = Range(lambda roots: len(roots) > 0 and all(roots), "at least one 
 SPLIT_NAME = Range(bool, "the name of a split")
 WORKERS = Range(lambda workers: workers >= -1, "at least 0, or -1 for one per CPU")
 SAMPLES = Range(lambda samples: samples == "all" or samples >= 1, "at least 1, or all")
+DEVICE = Range(
+    lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None, "auto, cpu, cuda, or one GPU such as cuda:1"
+)
 SEED = Range(lambda seed: 0 <= seed < 2**32, "0 to 4294967295")
 
 
@@ -412,7 +415,7 @@ class Config:
         eval: evaluation and post-processing.
         runtime: speed.
         seed: seed of all random numbers, 0 to 4294967295.
-        device: `auto` takes CUDA if there is one.
+        device: `auto` takes CUDA if there is one; `cpu`, `cuda`, or one GPU of several, such as `cuda:1`.
 
     Raises:
         InputError: a value outside its range, or settings that do not go together; the message names the dotted key.
@@ -430,7 +433,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = setting(0, SEED)
-    device: Device = "auto"
+    device: str = setting("auto", DEVICE)
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from instaqnas.bits import Device
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config.command import Command
 from instaqnas.config.reading import from_plain
@@ -203,14 +202,14 @@ class Predictor:
         )
 
 
-def load(path: str | Path, *, budget: float | None = None, device: Device = "auto") -> Predictor:
+def load(path: str | Path, *, budget: float | None = None, device: str = "auto") -> Predictor:
     """A detector ready to predict, from the folder of a run, one of its checkpoints, or a packed file.
 
     Args:
         path: a folder that `search.py` or `finetune.py` wrote to, a checkpoint of theirs, or a file of
             `instaqnas.tools.pack`.
         budget: mean GBitOps that the policy is shifted to, itself included; None leaves it as trained.
-        device: `auto` takes CUDA if there is one; a packed file runs on the CPU.
+        device: `auto` takes CUDA if there is one; also `cpu`, `cuda` or `cuda:1`. A packed file runs on the CPU.
 
     Raises: InputError if there is no policy, a file cannot be read, or it has no such budget.
     """

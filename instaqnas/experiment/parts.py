@@ -43,10 +43,7 @@ class Experiment:
 
     def __init__(self, config: Config, class_names: Sequence[str] | None = None) -> None:
         self.config, self.plain = config, to_plain(config)
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device: cuda is not available on this machine; known: auto, cpu")
-        name = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name)
+        self.device = _device_named(config.device)
         self.class_names = read_class_names(config.data.roots) if class_names is None else tuple(class_names)
         self._annotations: dict[tuple[str, ...], list[Annotation]] = {}
         self._images: list[np.ndarray] | None = None  # of the whole train split
@@ -254,6 +251,23 @@ def detector_bits(config: Config) -> DetectorBits:
     if config.bits.levels is not None and len(config.bits.levels[0]) != LAYERS:
         raise InputError(f"bits.levels: expected {LAYERS} layers, got {len(config.bits.levels[0])}")
     return DetectorBits(**{item.name: getattr(config.bits, item.name) for item in fields(config.bits)})
+
+
+def _device_named(name: str) -> torch.device:
+    """The device of a config's `device`, which becomes CUDA's current one if it names a GPU by number.
+
+    Raises: InputError if this machine does not have it, or several processes would share it.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device: {name} is not available on this machine; known: auto, cpu")
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.index is not None:
+        if distributed.world_size() > 1:
+            raise InputError(f"device: {name} is for one process; several processes take a GPU each, with device: cuda")
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"device: {name} is not available; this machine has {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
+    return device
 
 
 def _workers_per_process() -> int:

@@ -49,6 +49,28 @@ def test_option_values_take_the_type_of_the_setting(parse: Parse) -> None:
     assert config.data.vertical_flip is True
 
 
+def test_null_on_the_command_line_is_null_as_in_yaml(parse: Parse, refusal: Callable[..., str]) -> None:
+    text = MINIMAL.replace("}", ", val_split: val}") + "pretrain_fp32: {pretrained: w.pth}\n"
+    config = parse(text, "--data.val_split", "null", "--pretrain_fp32.pretrained=null", "--bits.levels=null").config
+    assert (config.data.val_split, config.pretrain_fp32.pretrained, config.bits.levels) == ("", "", None)
+    assert parse("data: {roots: [voc], val_split: null}\n").config.data.val_split == ""
+    assert refusal(MINIMAL, "--data.test_split=null") == "data.test_split: no value given, expected text"
+
+
+def test_a_tilde_is_the_home_folder(parse: Parse, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/homes/me")
+    command = parse("data: {roots: [~/voc, x~y]}\n", "--run=~/runs/a", "--pretrain_fp32.pretrained=~/w.pth")
+    assert command.config.data.roots == ["/homes/me/voc", "x~y"]
+    assert command.config.pretrain_fp32.pretrained == "/homes/me/w.pth"
+    assert command.run == Path("/homes/me/runs/a")
+    assert refusal("data: {roots: [~nobody_of_that_name/voc]}\n") == "~nobody_of_that_name/voc: no such home folder"
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1"])
+def test_one_gpu_of_several_may_be_named(parse: Parse, name: str) -> None:
+    assert parse(MINIMAL, f"--device={name}").config.device == name
+
+
 def test_quantized_stages_have_settings_of_their_own(parse: Parse) -> None:
     text = MINIMAL + "pretrain_quant: {configurations: sandwich, distill_weight: 2, ema_decay: 0.9}\n"
     config = parse(text, "--search.batch_norm_batches=4", "--finetune.distill_weight=0.5").config
@@ -141,7 +163,7 @@ def test_word_that_belongs_to_no_option_is_named(refusal: Callable[..., str]) ->
         ("--search.epochs=many", "search.epochs: expected a whole number, got many"),
         ("--search.epochs=null", "search.epochs: expected a whole number, got None"),
         ("--data.roots=voc", "data.roots: expected a list of texts, such as [a, b], got voc"),
-        ("--device=gpu", "device: expected one of auto, cpu, cuda, got gpu"),
+        ("--device=gpu", 'device: expected auto, cpu, cuda, or one GPU such as cuda:1, got "gpu"'),
     ],
 )
 def test_value_of_the_wrong_type_in_an_option_is_refused(

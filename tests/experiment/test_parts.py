@@ -113,3 +113,16 @@ def test_a_part_smaller_than_its_batch_is_refused_in_every_stage(build, options:
 def test_parts_as_large_as_their_batches_are_enough(build) -> None:
     experiment = build("--data.policy_share=0.2", "--search.batch_size=16")
     check_batches(experiment, [SEARCH])
+
+
+def test_a_gpu_that_the_machine_does_not_have_is_refused(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="^device: cuda:1 is not available on this machine; known: auto, cpu$"):
+        build("--device=cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="^device: cuda:1 is not available; this machine has 1 GPUs$"):
+        build("--device=cuda:1")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(InputError, match="^device: cuda:1 is for one process"):
+        build("--device=cuda:1")
