@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
 
 from instaqnas.bits import Script
 from instaqnas.config.command import parse_command
-from instaqnas.errors import InputError, exit_on_input_error
+from instaqnas.errors import InputError, Interrupted, exit_on_input_error
 
 
 def _write_page(run: Path) -> None:
@@ -25,7 +26,7 @@ def main(stage: Script) -> None:
     """Runs a stage (pretrain, search, finetune or eval) as the command line of this process says.
 
     Wrong input and an interruption by Ctrl-C end the process with one line on standard error. Exit status: see
-    `exit_on_input_error`; 130 after an interruption.
+    `exit_on_input_error`; 130 after an interruption by Ctrl-C, 143 by SIGTERM.
     """
     try:
         with exit_on_input_error():
@@ -39,10 +40,10 @@ def main(stage: Script) -> None:
             if distributed.is_writer():
                 _write_page(command.run)
             distributed.leave()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as error:
         if stage == "eval":
             advice = "nothing is lost, the same command evaluates again"
         else:
             advice = "the same command (without --restart) continues from the last checkpoint"
         sys.stderr.write(f"interrupted; {advice}\n")
-        sys.exit(130)
+        sys.exit(128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT))

@@ -21,6 +21,18 @@ class TrainingError(Exception):
     """Training cannot go on, for example after an infinite loss; the message names the step and the images."""
 
 
+class Interrupted(Exception):
+    """A signal asked to end the training, which has been saved.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
     """Turns an `InputError` or `OSError` (exit status 2) or a `TrainingError` (1) into one line on standard error.

@@ -37,6 +37,7 @@ from instaqnas.policy.bit_config import ChooseBits
 from instaqnas.quant.batch_norm import reestimate_batch_norm, use_batch_renorm
 from instaqnas.training.detector_step import Parameters, Teacher, detector_step
 from instaqnas.training.history import EpochClock
+from instaqnas.training.interruption import Interruption, finishing_steps
 from instaqnas.training.optimizers import build_optimizer, build_scheduler
 from instaqnas.training.state import TrainState
 
@@ -174,31 +175,32 @@ class DetectorTraining:
         parameters = Parameters.of(self.detector)
         self.detector.train()
         begun, images = time.monotonic(), 0
-        for batch in bar:
-            result = detector_step(
-                self.network,
-                batch.to(self.experiment.device),
-                choose_bits,
-                state.optimizers["detector"],
-                state.scheduler,
-                parameters=parameters,
-                accumulate=settings.accumulate,
-                clip_grad_norm=settings.clip_grad_norm,
-                teacher=self.teacher,
-                choose_student=choose_student,
-                step=state.detector_steps(len(self.loader)),
-            )
-            sums.add(result.losses, result.images, result.choices)
-            images += result.images
-            if self.average is not None:
-                self.average.update_parameters(self.detector)
-            bar.set_postfix(loss=f"{result.losses['loss']:.3f}", refresh=False)
-            done = state.detector_steps(len(self.loader))
-            if done % LOG_EVERY == 0:
-                rate = float(state.scheduler.get_last_lr()[0])
-                scalars = {**result.losses, "grad_norm": result.grad_norm, "lr": rate}
-                self.run_dir.log_step(done, {f"step/{name}": value for name, value in scalars.items()})
-            self.save_if_due()
+        with finishing_steps() as interruption:
+            for batch in bar:
+                result = detector_step(
+                    self.network,
+                    batch.to(self.experiment.device),
+                    choose_bits,
+                    state.optimizers["detector"],
+                    state.scheduler,
+                    parameters=parameters,
+                    accumulate=settings.accumulate,
+                    clip_grad_norm=settings.clip_grad_norm,
+                    teacher=self.teacher,
+                    choose_student=choose_student,
+                    step=state.detector_steps(len(self.loader)),
+                )
+                sums.add(result.losses, result.images, result.choices)
+                images += result.images
+                if self.average is not None:
+                    self.average.update_parameters(self.detector)
+                bar.set_postfix(loss=f"{result.losses['loss']:.3f}", refresh=False)
+                done = state.detector_steps(len(self.loader))
+                if done % LOG_EVERY == 0:
+                    rate = float(state.scheduler.get_last_lr()[0])
+                    scalars = {**result.losses, "grad_norm": result.grad_norm, "lr": rate}
+                    self.run_dir.log_step(done, {f"step/{name}": value for name, value in scalars.items()})
+                self.save_if_due(interruption)
         self.clock.trained(images, time.monotonic() - begun)
         return sums.means("train/")
 
@@ -235,10 +237,15 @@ class DetectorTraining:
         if improved or self._is_due(settings.save_every):
             self.run_dir.save(state.state_dict(), best=improved, keep=settings.keep_checkpoints)
 
-    def save_if_due(self) -> None:
-        """Saves within an epoch, `save_minutes` after the last time."""
-        if self.settings.save_minutes and self.run_dir.minutes_unsaved >= self.settings.save_minutes:
+    def save_if_due(self, interruption: Interruption) -> None:
+        """Saves within an epoch, `save_minutes` after the last time, or at once after a signal.
+
+        Raises: Interrupted after a signal.
+        """
+        due = self.settings.save_minutes and self.run_dir.minutes_unsaved >= self.settings.save_minutes
+        if due or interruption.number is not None:
             self.run_dir.save(self.state.state_dict())
+        interruption.end()
 
     def _is_due(self, every: int) -> bool:
         return self.state.epoch % every == 0 or self.state.epoch == self.settings.epochs

@@ -22,6 +22,7 @@ from instaqnas.policy.network import PolicyNet, policy_gbitops
 from instaqnas.quant.affine import Affine
 from instaqnas.quant.bitops import CostTable
 from instaqnas.training.detector_training import DetectorTraining
+from instaqnas.training.interruption import finishing_steps
 from instaqnas.training.policy_step import Judge, Quality, Sampling, policy_step
 
 log = logging.getLogger(__name__)
@@ -95,25 +96,26 @@ class PolicyTraining:
         bar = distributed.progress_bar(self.loader, f"search {epoch + 1}/{settings.epochs} policy", sums.steps)
         detector.eval()
         self.network.train()
-        for batch in bar:
-            scalars = policy_step(
-                self.network,
-                batch.to(experiment.device),
-                detector,
-                judge,
-                state.optimizers["policy"],
-                sampling=self._sampling(epsilon),
-                entropy_beta=entropy_beta,
-                normalize_advantage=settings.normalize_advantage,
-                step=epoch * len(self.loader) + sums.steps,
-            )
-            sums.add(scalars, distributed.world_size() * len(batch.image_ids))
-            if target is not None:
-                cost = scalars["cost/gbitops_greedy"]  # greedy configurations are used in the end; samples explore
-                state.multiplier = state.multiplier.updated(cost, target, self.config.reward.multiplier_lr)
-            reward = f"{scalars['reward/sampled']:.3f}"
-            bar.set_postfix(loss=f"{scalars['policy/loss']:.3f}", reward=reward, refresh=False)
-            self.training.save_if_due()
+        with finishing_steps() as interruption:
+            for batch in bar:
+                scalars = policy_step(
+                    self.network,
+                    batch.to(experiment.device),
+                    detector,
+                    judge,
+                    state.optimizers["policy"],
+                    sampling=self._sampling(epsilon),
+                    entropy_beta=entropy_beta,
+                    normalize_advantage=settings.normalize_advantage,
+                    step=epoch * len(self.loader) + sums.steps,
+                )
+                sums.add(scalars, distributed.world_size() * len(batch.image_ids))
+                if target is not None:
+                    cost = scalars["cost/gbitops_greedy"]  # greedy configurations are used in the end; samples explore
+                    state.multiplier = state.multiplier.updated(cost, target, self.config.reward.multiplier_lr)
+                reward = f"{scalars['reward/sampled']:.3f}"
+                bar.set_postfix(loss=f"{scalars['policy/loss']:.3f}", reward=reward, refresh=False)
+                self.training.save_if_due(interruption)
         self.policy.eval()
         means = {**sums.means(), "policy/epsilon": epsilon}
         if target is not None:
