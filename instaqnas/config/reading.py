@@ -55,7 +55,7 @@ def completed(plain: dict[str, Any], sections: Iterable[str]) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Returns a line such as `search.epochs: 8 -> 10` for each setting in which two plain configs differ."""
-    before, after = dict(_flatten(old)), dict(_flatten(new))
+    before, after = dict(flatten(old)), dict(flatten(new))
     lines = []
     for key in before | after:
         if key not in before or key not in after or before[key] != after[key]:
@@ -69,11 +69,11 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _flatten(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value) for each setting."""
+def flatten(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) for each setting of nested dictionaries."""
     for name, value in nested.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

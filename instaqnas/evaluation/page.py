@@ -27,6 +27,7 @@ from instaqnas.errors import InputError
 from instaqnas.evaluation.coco_files import GROUND_TRUTH
 from instaqnas.evaluation.page_images import picture_groups, shown_images
 from instaqnas.evaluation.page_plots import (
+    plot_choices,
     plot_configurations,
     plot_cost,
     plot_cost_of_images,
@@ -71,7 +72,7 @@ def write_page(run: Path) -> Path:
         "written": f"Written {time.strftime('%Y-%m-%d %H:%M')}, seed {records[-1]['config']['seed']}.",
         "rows": rows,
         "cost_plot": plot_cost(rows) if rows else "",
-        "training_plots": [plot_training(name, epochs) for name, epochs in stages if epochs],
+        "training_plots": [plot for name, epochs in stages if epochs for plot in _training_plots(name, epochs)],
         "versions": records[-1]["versions"],
         "config": yaml.safe_dump(records[-1]["config"], sort_keys=False),
         "shown": None,
@@ -82,6 +83,11 @@ def write_page(run: Path) -> Path:
     page = run / PAGE
     write_text(page, _environment().get_template(TEMPLATE).render(values))
     return page
+
+
+def _training_plots(stage: str, epochs: Sequence[dict[str, Any]]) -> list[str]:
+    bits = plot_choices(stage, epochs)
+    return [plot_training(stage, epochs)] + ([] if bits is None else [bits])
 
 
 def _details(evaluations: Sequence[Evaluation], score_threshold: float) -> dict[str, Any]:

@@ -51,6 +51,26 @@ def plot_training(stage: str, epochs: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure)
 
 
+def plot_choices(stage: str, epochs: Sequence[Mapping[str, Any]]) -> str | None:
+    """Mean index of the choice at each position over the epochs of a stage; None if there was nothing to choose.
+
+    Args:
+        stage: title.
+        epochs: lines of metrics.jsonl.
+    """
+    counts = [np.array(line["choices"], dtype=float) for line in epochs if "choices" in line]
+    if not counts:
+        return None
+    choices = counts[0].shape[1]
+    means = np.stack([part @ np.arange(choices) / np.maximum(part.sum(1), 1) for part in counts], axis=1)  # [L, E]
+    figure, (axes,) = _figure(1, 1, height=1.4 + 0.12 * len(means))
+    axes.grid(visible=False)
+    shown = axes.imshow(means, aspect="auto", vmin=0, vmax=choices - 1, extent=(0.5, len(counts) + 0.5, len(means), 0))
+    figure.colorbar(shown, label=f"mean choice, 0 to {choices - 1}")
+    axes.set(title=f"{stage}: bits", xlabel="epoch", ylabel="position")
+    return _svg(figure)
+
+
 def plot_cost(rows: Sequence[Mapping[str, Any]]) -> str:
     """mAP in percent with 95 % intervals against GBitOps; rows are those of report.json.
 

@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from instaqnas import distributed
 from instaqnas.checkpoint import save_checkpoint
-from instaqnas.config.reading import completed, differences
+from instaqnas.config.reading import completed, differences, flatten
 from instaqnas.errors import InputError
 from instaqnas.experiment.handover import BEST_FILE, LAST_FILE, Checkpoint
 from instaqnas.experiment.parts import Experiment
@@ -206,10 +206,12 @@ class RunDir:
                 self._writer.add_scalar(name, value, step)
 
     def log_epoch(self, epoch: int, step: int, scalars: dict[str, float], choices: Tensor | None) -> None:
-        """Writes one line of metrics.jsonl, and the same scalars and histograms of the choices to TensorBoard.
+        """Writes one line of metrics.jsonl, and the same scalars with pictures of the choices to TensorBoard.
 
-        In the file, null stands for a scalar that is not finite, such as the mAP of a split where no object counts.
-        Lines of this epoch and later ones, which an interrupted run may have left, are removed.
+        In the file, null stands for a scalar that is not finite, such as the mAP of a split where no object counts, and
+        `choices` holds the counts. Lines of this epoch and later ones, which an interrupted run may have left, are
+        removed. The picture `bits/positions` has a row for each position and a column for each epoch, from dark for the
+        first choice to bright for the last.
 
         Args:
             epoch: from 1.
@@ -222,13 +224,27 @@ class RunDir:
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines()[: epoch - 1] if file.exists() else []
         numbers = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no NaN
-        line = json.dumps({"epoch": epoch, "step": step, **numbers}, allow_nan=False)
-        write_text(file, "\n".join([*lines, line]) + "\n")
+        counts = {} if choices is None or choices.shape[1] == 1 else {"choices": choices.tolist()}
+        lines.append(json.dumps({"epoch": epoch, "step": step, **numbers, **counts}, allow_nan=False))
+        write_text(file, "\n".join(lines) + "\n")
         self.log_step(step, scalars)
-        if choices is not None and choices.shape[1] > 1:
-            for position, counts in enumerate(choices):
-                values = torch.arange(len(counts)).repeat_interleave(counts)
+        if choices is not None and counts:
+            history = [json.loads(line).get("choices") for line in lines]
+            self.log_picture("bits/positions", picture_of_choices([h for h in history if h is not None]), step)
+            for position, images in enumerate(choices):
+                values = torch.arange(len(images)).repeat_interleave(images)
                 self._writer.add_histogram(f"bits/position_{position:02d}", values, step, bins="auto")
+
+    def log_result(self, metrics: dict[str, float]) -> None:
+        """Writes the settings of the stage and its final figures to TensorBoard's HParams."""
+        if self._writer is None:
+            return
+        settings = dict(flatten(self.stage.decisive(self.config)))
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()
+        }
+        final = {f"final/{name}": value for name, value in metrics.items() if math.isfinite(value)}
+        self._writer.add_hparams(plain, final, run_name=".")
 
     def log_picture(self, name: str, picture: Tensor, step: int) -> None:
         """Writes a picture, uint8 [3, H, W], to TensorBoard."""
@@ -281,6 +297,19 @@ class RunDir:
                 f"{self.path}: was begun otherwise ({'; '.join(changed)}); "
                 "take another --run, or --restart to begin this stage anew"
             )
+
+
+def picture_of_choices(history: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Mean index of the choice at each position and epoch as a picture, uint8 [3, 8 L, 12 E].
+
+    Args:
+        history: E epochs of counts [L][K]; dark blue for choice 0, yellow for choice K - 1.
+    """
+    counts = torch.tensor(history, dtype=torch.float32)  # [E, L, K]
+    share = (counts * torch.arange(counts.shape[2])).sum(2) / counts.sum(2).clamp(min=1) / (counts.shape[2] - 1)
+    dark, bright = torch.tensor([40.0, 30.0, 110.0]), torch.tensor([250.0, 230.0, 60.0])
+    colours = dark + share.T[..., None] * (bright - dark)  # [L, E, 3]
+    return colours.repeat_interleave(8, 0).repeat_interleave(12, 1).permute(2, 0, 1).round().to(torch.uint8)
 
 
 def set_aside(folder: Path) -> None:

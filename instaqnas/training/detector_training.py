@@ -149,6 +149,7 @@ class DetectorTraining:
             self.clock.start()
             yield self.state.epoch
         distributed.barrier()  # the next stage reads the checkpoint
+        self.run_dir.log_result(self.state.metrics)
         if self.val_loader is not None and self.state.best_map < LEARNED:
             log.warning(
                 "warning: %s has learned nothing: val mAP never rose above %g %%; look at the losses above, at "

@@ -13,10 +13,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from instaqnas import distributed
 from instaqnas.errors import InputError
-from instaqnas.experiment.run_dir import RunDir, set_aside
+from instaqnas.experiment.run_dir import RunDir, picture_of_choices, set_aside
 from instaqnas.experiment.stage import FINETUNE, SEARCH
 
 FORK = multiprocessing.get_context("fork")
@@ -85,3 +86,23 @@ def test_metrics_that_are_not_finite_are_null(tmp_path: Path) -> None:
     (line,) = (tmp_path / "finetune" / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(line, parse_constant=pytest.fail)
     assert metrics == {"epoch": 1, "step": 5, "loss": 0.25, "eval/map": None, "norm": None}
+
+
+def test_the_picture_of_choices_has_a_row_for_each_position_and_a_column_for_each_epoch() -> None:
+    first = [[4, 0, 0], [0, 0, 4]]  # position 0 always at choice 0, position 1 at choice 2
+    second = [[2, 0, 2], [0, 4, 0]]  # both at choice 1 on average
+    picture = picture_of_choices([first, second])
+    assert picture.shape == (3, 2 * 8, 2 * 12)
+    dark, bright, middle = [40, 30, 110], [250, 230, 60], [145, 130, 85]
+    corners = [picture[:, y, x].tolist() for y, x in ((0, 0), (8, 0), (7, 12), (15, 23))]
+    assert corners == [dark, bright, middle, middle]
+
+
+def test_tensorboard_shows_the_choices_and_the_settings_with_final_figures(finished_run: Path) -> None:
+    events = EventAccumulator(str(finished_run / "search" / "tensorboard")).Reload()
+    assert "bits/positions" in events.Tags()["images"]
+    assert "final/eval/map" in events.Tags()["scalars"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    lines = [json.loads(line) for line in (finished_run / "search" / "metrics.jsonl").read_text().splitlines()]
+    assert [len(line["choices"]) for line in lines] == [13, 13]
+    assert all(sum(position) == 8 for line in lines for position in line["choices"])  # training images
