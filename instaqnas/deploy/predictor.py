@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from instaqnas.bits import BitChoice
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config.command import Command
 from instaqnas.config.reading import from_plain
@@ -32,6 +33,7 @@ from instaqnas.detector.postprocess import Detections
 from instaqnas.detector.ssd import SwitchableSSD, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.evaluation.inference import detect
+from instaqnas.evaluation.levels import bits_of_layers
 from instaqnas.experiment.handover import initial_checkpoint, latest_policy_checkpoint, latest_policy_path
 from instaqnas.experiment.parts import Experiment
 from instaqnas.experiment.stage import POLICY_KINDS
@@ -49,6 +51,7 @@ class Prediction:
     Args:
         class_names: of all classes, without background.
         bits: name of the choice at each position, such as w3a4.
+        layer_bits: (weight bits, activation bits) of each layer, in the order of the network.
         gbitops_detector: cost of the detector under these bits.
         gbitops_policy: cost of choosing them.
         boxes_xyxy: D detections, best first, [D, 4] in pixels of the image, on the CPU.
@@ -58,6 +61,7 @@ class Prediction:
 
     class_names: tuple[str, ...]
     bits: list[str]
+    layer_bits: list[BitChoice]
     gbitops_detector: float
     gbitops_policy: float
     boxes_xyxy: Tensor
@@ -193,6 +197,7 @@ class Predictor:
         kept = found.labels[place] > 0  # 0 is padding
         return Prediction(
             class_names=self.class_names,
+            layer_bits=bits_of_layers(self.detector, choices.tolist()),
             bits=[self.detector.choice_names[choice] for choice in choices.tolist()],
             gbitops_detector=gbitops,
             gbitops_policy=self.policy_gbitops,

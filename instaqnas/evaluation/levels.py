@@ -16,7 +16,7 @@ from typing import Any
 
 from instaqnas import distributed
 from instaqnas.bits import FULL_PRECISION, BitChoice, choice_name
-from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, copy_weights, detector_costs, detector_layers
+from instaqnas.detector.ssd import DetectorBits, SwitchableSSD, copy_weights, detector_costs
 from instaqnas.errors import InputError
 from instaqnas.evaluation.sensitivity import (
     Configuration,
@@ -32,7 +32,8 @@ from instaqnas.experiment.parts import Experiment, detector_bits
 from instaqnas.experiment.stage import FULL_PRECISION_KINDS
 from instaqnas.policy.bit_config import ChooseBits
 from instaqnas.quant.bitops import CostTable
-from instaqnas.quant.switchable import calibrate
+from instaqnas.quant.integer import IntegerConv2d
+from instaqnas.quant.switchable import SwitchableConv2d, calibrate
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,16 @@ def levels_of(experiment: Experiment, source: Checkpoint, limits: Sequence[float
 
 
 def bits_of_layers(detector: SwitchableSSD, configuration: Configuration) -> list[BitChoice]:
-    """Bits of every layer under a configuration [L], in the order in which the network was built."""
+    """Bits of every layer of a quantized or integer detector under a configuration [L], in the order of the network."""
     choice_of = {
         name: choice for names, choice in zip(detector.layers_at.values(), configuration, strict=True) for name in names
     }
-    layers = {layer.name: layer for layer in detector_layers(detector)}
-    return [layers[name].choices[choice_of.get(name, 0)] for name in detector.layer_names]
+    bits = []
+    for name in detector.layer_names:
+        layer = detector.get_submodule(name)
+        assert isinstance(layer, SwitchableConv2d | IntegerConv2d)
+        bits.append(layer.choices[choice_of.get(name, 0)])
+    return bits
 
 
 def _from_full_precision(experiment: Experiment, source: Checkpoint, limits: Sequence[float]) -> list[Level]:

@@ -32,12 +32,13 @@ from pathlib import Path
 import cv2
 from torch import Tensor
 
-from instaqnas.deploy.predictor import Predictor, as_tensor
+from instaqnas.deploy.predictor import Prediction, Predictor, as_tensor
 from instaqnas.errors import InputError, exit_on_input_error
-from instaqnas.evaluation.pictures import draw_detections
+from instaqnas.evaluation.pictures import add_bits, draw_detections, enlarged
 from instaqnas.tools.arguments import run_command
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SMALLEST_PICTURE = 480  # pixels of the longer side of a drawn picture
 
 
 def run_predict(
@@ -75,9 +76,25 @@ def run_predict(
         for (path, picture, image), found in zip(read, results, strict=True):
             print(json.dumps({"file": str(path), **found.plain()}), flush=True)
             if picture is not None:
-                drawn = draw_detections(image, found.boxes_xyxy, found.scores, found.labels, found.class_names)
-                _write_png(picture, drawn)
+                _write_png(picture, drawn(image, found, predictor))
     return unreadable
+
+
+def drawn(image: Tensor, found: Prediction, predictor: Predictor) -> Tensor:
+    """The image with its detections, and below them the bits of each layer and the cost; small images are enlarged.
+
+    Args:
+        image: uint8 [3, H, W].
+        found: prediction of this image.
+        predictor: whose configurations give the range of costs.
+    """
+    picture, factor = enlarged(image, SMALLEST_PICTURE)
+    boxes = found.boxes_xyxy * factor
+    picture = draw_detections(picture, boxes, found.scores, found.labels, found.class_names)
+    lowest, highest = (
+        cost + predictor.policy_gbitops for cost in (predictor.costs.lowest(), predictor.costs.highest())
+    )
+    return add_bits(picture, found.layer_bits, found.gbitops, lowest, highest)
 
 
 def image_files(names: Sequence[str]) -> list[Path]:
