@@ -185,6 +185,7 @@ def test_iou_crop_meets_the_constraints_of_torchvisions():
         assert max(ious) >= 0.5
 
 
+@pytest.mark.slow
 def test_iou_crop_has_torchvisions_distribution():
     boxes = torch.tensor([[20.0, 10, 70, 60], [90, 50, 150, 110], [5, 80, 30, 100]])
     given = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(HEIGHT, WIDTH))

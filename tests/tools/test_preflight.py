@@ -298,6 +298,7 @@ def test_a_stage_that_fails_is_a_problem_and_ends_the_measurement(config_file: P
     assert "absent.pth" in problem
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_a_problem() -> None:
     with pytest.raises(InputError, match="was killed, probably for want of memory"):
         tool._in_fresh_process(partial(os._exit, 9))

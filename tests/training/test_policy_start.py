@@ -149,6 +149,7 @@ def test_flips_are_one_in_two_each_way_and_change_nothing_else() -> None:
     assert torch.equal(flipped, torch.stack([images[0].flip(-1), images[1]]))
 
 
+@pytest.mark.slow
 def test_the_fit_sees_other_flips_in_every_epoch_and_the_same_ones_again(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

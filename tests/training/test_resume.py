@@ -242,7 +242,10 @@ def test_a_stage_goes_on_after_its_images_have_moved_but_not_with_others(
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")],
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        pytest.param(RuntimeError("PytorchStreamWriter failed writing file"), marks=pytest.mark.slow),
+    ],
     ids=["open", "writer"],
 )
 def test_a_full_disk_while_saving_ends_in_one_line_and_keeps_the_last_checkpoint(

@@ -769,7 +769,7 @@ def test_a_policy_from_elsewhere_is_not_reported_with_the_rewards_of_the_run_s_o
 @pytest.mark.parametrize(
     "options",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         ("--search.baseline=rloo", "--search.samples=3", "--reward.quality=loss", "--search.entropy_start=0.5"),
         ("--policy.input=stem",),
     ],
