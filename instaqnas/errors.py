@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from typing import NoReturn
 
 OTHER_RANKS_WAIT = 2.0  # seconds
@@ -31,6 +32,12 @@ class Interrupted(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Warns of `text` the first time in this process; Python's own record is reset by whoever changes its filters."""
+    warnings.warn(text, stacklevel=3)
 
 
 @contextlib.contextmanager

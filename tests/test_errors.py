@@ -12,7 +12,11 @@ from instaqnas.errors import exit_on_input_error
 
 @pytest.fixture
 def default_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restores after the test, which `warnings.catch_warnings` does for the other function."""
+    """Restores after the test, which `warnings.catch_warnings` does for the other function.
+
+    Warnings go to the log from the beginning if an earlier test has run a stage.
+    """
+    logging.captureWarnings(capture=False)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
 
 

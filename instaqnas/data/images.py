@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from instaqnas.errors import InputError
+from instaqnas.errors import InputError, warn_once
 
 SMALL_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IMAGE_SUFFIXES = (*SMALL_SUFFIXES, *(suffix.upper() for suffix in SMALL_SUFFIXES))
@@ -119,9 +118,8 @@ def _upper_bits(image: np.ndarray, path: Path) -> np.ndarray:
     largest = int(image.max())
     depth = next(bits for bits in BIT_DEPTHS if largest < 2**bits)
     if depth < BIT_DEPTHS[-1]:
-        # No file name: Python shows each text once.
-        warnings.warn(
-            f"{path.parent}: values of 16-bit images need {depth} bits only, and are scaled from 0 to {2**depth - 1}",
-            stacklevel=2,
+        # No file name: each text is shown once.
+        warn_once(
+            f"{path.parent}: values of 16-bit images need {depth} bits only, and are scaled from 0 to {2**depth - 1}"
         )
     return (image >> (depth - 8)).astype(np.uint8)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ from torchvision import tv_tensors
 
 from instaqnas.data.transforms import Sample, SampleTransform
 from instaqnas.data.voc import Annotation, read_pixels
-from instaqnas.errors import InputError
+from instaqnas.errors import InputError, warn_once
 from instaqnas.seeds import SampleKey, derived_seed
 
 
@@ -198,7 +199,10 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
 
 
 class DetectionLoader(DataLoader[Sample]):
-    """A DataLoader of `Batch`es whose epoch can be set, and which reports an `InputError` of a worker in one line."""
+    """A DataLoader of `Batch`es whose epoch can be set.
+
+    An `InputError` of a worker is one line, and a warning of several workers comes once, from this process.
+    """
 
     dataset: DetectionDataset
     batch_sampler: EpochBatchSampler
@@ -218,7 +222,10 @@ class DetectionLoader(DataLoader[Sample]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, so that errors pass through it
         try:
-            yield from super().__iter__()
+            for item in super().__iter__():
+                for text in item.warnings:
+                    warn_once(text)
+                yield item.batch
         except InputError as error:
             # The message of an error in a worker is a traceback, whose last line has the original message.
             last_line = str(error).strip().splitlines()[-1]
@@ -237,6 +244,22 @@ def collate(samples: Sequence[Sample]) -> Batch:
         [s["image_id"] for s in samples],
         [s["key"] for s in samples],
     )
+
+
+class _Item(NamedTuple):
+    """A batch, and the warnings that came up in its worker meanwhile."""
+
+    batch: Batch
+    warnings: list[str]
+
+
+_worker_warnings: list[str] = []  # of this worker, since its last batch; without workers, warnings come at once
+
+
+def _collate_with_warnings(samples: Sequence[Sample]) -> _Item:
+    texts = list(_worker_warnings)
+    _worker_warnings.clear()
+    return _Item(collate(samples), texts)
 
 
 def make_loader(
@@ -266,7 +289,7 @@ def make_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate_with_warnings,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_prepare_worker,
         persistent_workers=workers > 0,
@@ -293,8 +316,7 @@ def _sample(annotation: Annotation, pixels: np.ndarray) -> Sample:
     }
 
 
-def _prepare_worker(worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     # PyTorch limits only its own threads in workers, and OpenCV's thread pool would not survive the fork.
     cv2.setNumThreads(0)
-    if worker > 0:  # the first one says it for all
-        warnings.simplefilter("ignore")
+    warnings.showwarning = lambda message, *_, **__: _worker_warnings.append(str(message))

@@ -26,7 +26,7 @@ from instaqnas.bits import Orientation
 from instaqnas.data.images import read_header, read_image
 from instaqnas.data.voc_lists import ListLine, check_names, find_files, read_list, read_text
 from instaqnas.data.voc_xml import KnownClasses, UnknownClassError, finite_number, first_class, parse_annotation
-from instaqnas.errors import InputError
+from instaqnas.errors import InputError, warn_once
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -332,9 +332,8 @@ def _image_size(path: Path, orientation: Orientation) -> tuple[int, int]:
 
 
 def _warn_of_orientation(path: Path) -> None:
-    # No file name: Python shows each text once.
-    warnings.warn(
+    # No file name: each text is shown once.
+    warn_once(
         f"{path.parent}: some images have an EXIF orientation, and the sizes in their annotations do not tell whether "
-        "boxes refer to the upright picture; they are read as stored, unless data.orientation is upright",
-        stacklevel=2,
+        "boxes refer to the upright picture; they are read as stored, unless data.orientation is upright"
     )

@@ -71,7 +71,7 @@ def read_list(root: Path, split: str, class_names: Sequence[str]) -> list[ListLi
     An id may contain blanks. A last column of -1, 0 or 1, as in VOC's lists of one class, is dropped unless the whole
     line is the id of an annotation.
 
-    Raises: InputError for an unknown or empty split, or an id that is listed twice.
+    Raises: InputError for an unknown or empty split, or an id that is listed twice or is no name of a file.
     """
     path = root / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
@@ -80,7 +80,8 @@ def read_list(root: Path, split: str, class_names: Sequence[str]) -> list[ListLi
     lines = []
     for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
         if line:
-            lines.append(ListLine(_id_of(root, line), f"{path}, line {number}"))
+            where = f"{path}, line {number}"
+            lines.append(ListLine(_id_of(root, line, where), where))
     if not lines:
         raise InputError(f"{path}: the split is empty")
     image_id, count = Counter(line.image_id for line in lines).most_common(1)[0]
@@ -92,28 +93,35 @@ def read_list(root: Path, split: str, class_names: Sequence[str]) -> list[ListLi
 def find_files(root: Path, line: ListLine) -> ListedImage:
     """The files of an id.
 
-    Raises: InputError that names the line, if the annotation or the image is missing.
+    Raises: InputError that names the line, if the annotation or the image is missing or cannot have this name.
     """
     image_id = line.image_id
     annotation = _annotation_path(root, image_id)
-    if not annotation.is_file():
+    if not _is_file(annotation, line.where):
         stem, dot, suffix = image_id.rpartition(".")
         hint = f"; ids have no suffix: {stem}" if f"{dot}{suffix}" in (*IMAGE_SUFFIXES, ".xml") else ""
         raise InputError(f"{line.where}: no annotation {annotation}{hint}")
     for suffix in IMAGE_SUFFIXES:
         path = root / "JPEGImages" / f"{image_id}{suffix}"
-        if path.is_file():
+        if _is_file(path, line.where):
             return ListedImage(image_id, annotation, path)
     first, *others = SMALL_SUFFIXES
     wanted = f"{root / 'JPEGImages' / image_id}{first}, nor {', '.join(others)}"
     raise InputError(f"{line.where}: no image {wanted}, in small letters or capitals")
 
 
-def _id_of(root: Path, line: str) -> str:
+def _id_of(root: Path, line: str, where: str) -> str:
     *columns, last = line.rsplit(maxsplit=1)
-    if not columns or last not in CLASS_FLAGS or _annotation_path(root, line).is_file():
+    if not columns or last not in CLASS_FLAGS or _is_file(_annotation_path(root, line), where):
         return line
     return columns[0]
+
+
+def _is_file(path: Path, where: str) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # the name may be too long
+        raise InputError(f"{where}: {error.strerror}") from None
 
 
 def _annotation_path(root: Path, image_id: str) -> Path:

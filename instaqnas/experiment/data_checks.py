@@ -132,7 +132,10 @@ def fraction_warnings(split: str, annotations: Sequence[Annotation]) -> list[str
 
 
 def shared_images(splits: Sequence[tuple[str, Sequence[Annotation]]]) -> list[str]:
-    """A line for each two splits that share image files, and one if they have equal files under different names.
+    """A line for each two splits that share images, and one if they have equal files under different names.
+
+    Shared are files, and images of the same id, size and objects in different roots, such as encoded copies. Equal ids
+    alone say little: many data sets number their images.
 
     Args:
         splits: name and annotations of each split.
@@ -141,20 +144,30 @@ def shared_images(splits: Sequence[tuple[str, Sequence[Annotation]]]) -> list[st
     """
     paths = [dict.fromkeys(a.image_path.absolute() for a in annotations) for _, annotations in splits]
     twin_groups = _equal_files(paths)
+    contents = [{_id_and_objects(a) for a in annotations if len(a.labels)} for _, annotations in splits]
     lines = []
     for first, second in combinations(range(len(splits)), 2):
         names = f"splits {splits[first][0]!r} and {splits[second][0]!r}"
-        same = [path.stem for path in paths[second] if path in paths[first]]
+        same = {
+            a.image_path.absolute(): a.image_id
+            for a in splits[second][1]
+            if a.image_path.absolute() in paths[first] or _id_and_objects(a) in contents[first]
+        }
         if same:
-            lines.append(f"{names} share images: {len(same)} ({_named(same)})")
+            lines.append(f"{names} share images: {len(same)} ({_named(list(same.values()))})")
         twins = []
         for group in twin_groups:
             others = [path for path in group if path in paths[first]]
-            copies = [path for path in group if path in paths[second] and path not in paths[first]]
+            copies = [path for path in group if path in paths[second] and path not in same]
             twins += [f"{others[0].name} = {path.name}" for path in copies if others]
         if twins:
             lines.append(f"{names} have equal images in different files: {len(twins)} ({_named(twins)})")
     return lines
+
+
+def _id_and_objects(annotation: Annotation) -> Hashable:
+    a = annotation
+    return a.image_id, a.width, a.height, a.boxes_xyxy.tobytes(), a.labels.tobytes()
 
 
 def _equal_files(splits: Sequence[Iterable[Path]]) -> list[list[Path]]:

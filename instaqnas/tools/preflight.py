@@ -106,7 +106,10 @@ def _check_data(config: Config) -> tuple[list[tuple[str, SplitCheck]], list[str]
     except InputError as error:
         return [], [str(error)]
     log.info("reading annotations and image headers")
-    data = [(split, check_split(roots, split, class_names)) for roots, split in splits_of(config, RUN_STAGES)]
+    data = [
+        (split, check_split(roots, split, class_names, config.data.orientation))
+        for roots, split in splits_of(config, RUN_STAGES)
+    ]
     return data, [problem for _, held in data for problem in held.problems]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 
 import cv2
@@ -271,6 +272,22 @@ def test_an_image_of_another_size_than_its_annotation_is_an_error(annotations):
     with pytest.raises(InputError) as caught:
         DetectionDataset(annotations, eval_transform(32))[SampleKey(0, 0)]
     assert str(caught.value) == f"{path}: 60 x 80 pixels, but its annotation says 80 x 60"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_warning_of_any_worker_comes_once_for_all_loaders(annotations, workers):
+    for annotation in annotations[3:]:  # with two workers, batches of the second one, then of both
+        image = np.full((60, 80), 4000, np.uint16)
+        annotation.image_path.write_bytes(cv2.imencode(".png", image)[1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # Python's own
+        for _ in range(2):
+            dataset = DetectionDataset(annotations, eval_transform(32))
+            assert len(list(make_loader(dataset, 1, shuffle=False, seed=0, workers=workers))) == 7
+            with warnings.catch_warnings():  # as libraries do; it makes Python forget
+                pass
+    (told,) = [str(warning.message) for warning in caught]
+    assert told.endswith("values of 16-bit images need 12 bits only, and are scaled from 0 to 4095")
 
 
 # --- Objects of a batch -----------------------------------------------------------------------------------------------

@@ -110,6 +110,13 @@ def test_an_id_with_suffix_is_named_with_its_line_and_the_id_that_is_wanted(tmp_
     assert_split_error(root, f"{where}: no annotation {root}/Annotations/{line}.xml; ids have no suffix: {stem}")
 
 
+@pytest.mark.parametrize("line", ["x" * 300, "x" * 300 + " 1"])
+def test_an_id_too_long_for_a_file_name_is_named_with_its_line(tmp_path, line):
+    root = write_root(tmp_path, {"a": SIZE, "b": SIZE})
+    (root / "ImageSets/Main/train.txt").write_text(f"a\n{line}\n")
+    assert_split_error(root, f"{root}/ImageSets/Main/train.txt, line 2: File name too long")
+
+
 def test_a_dot_in_an_id_is_no_suffix(tmp_path):
     root = write_root(tmp_path, {"a.jpg.rf.1f": SIZE + object_xml((1, 1, 10, 10))})
     (annotation,) = voc.read_split([root], "train", ("cat",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -148,6 +149,25 @@ def test_equal_images_under_different_names(split_of: Callable) -> None:
         "splits 'train' and 'test' have equal images in different files: 2 (a.jpg = y.jpg, b.jpg = x.jpg)",
     ]
     assert shared_images([("train", train)]) == []
+
+
+def test_images_with_the_same_id_and_objects_in_several_roots_are_shared(tmp_path: Path) -> None:
+    """Such as copies that have been encoded again; images that only have the same number are not."""
+
+    def split_in(root: str, **boxes: list) -> list[Annotation]:
+        (tmp_path / root).mkdir()
+        found = []
+        for name, own in boxes.items():
+            (tmp_path / root / name).write_bytes(f"{name} encoded for {root}".encode())
+            found.append(replace(annotation(*own), image_id=name, image_path=tmp_path / root / name))
+        return found
+
+    train = split_in("first", a=[(1, 2, 30, 40)], b=[(1, 2, 30, 40)], c=[], d=[(5, 5, 9, 9)])
+    val = split_in("second", a=[(1, 2, 30, 40)], b=[(1, 2, 30, 41)], c=[])
+    val += split_in("third", a=[(1, 2, 30, 40)], d=[(5, 5, 9, 9)])
+    assert shared_images([("train", train), ("val", val)]) == [
+        "splits 'train' and 'val' share images: 3 (a, a, d)",
+    ]
 
 
 def test_many_shared_images_are_counted_and_the_first_are_named(split_of: Callable) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from instaqnas.config.command import parse_command
 from instaqnas.config.settings import Config, TrainConfig
@@ -270,6 +272,22 @@ def test_every_problem_of_the_data_is_a_line_and_nothing_is_measured(
         f"problem: {root}/ImageSets/Main/val.txt, line 2: no annotation {root}/Annotations/val_000001.xml",
         f"problem: {root}/JPEGImages/test_000001.jpg: not a readable image",
     ]
+
+
+@pytest.mark.parametrize("orientation, problems", [("auto", 0), ("stored", 0), ("upright", 1)])
+def test_images_are_checked_under_the_orientation_of_the_config(
+    config_file: Path, tmp_path: Path, capsys, orientation: str, problems: int
+) -> None:
+    root, exif = tmp_path / "shapes", Image.Exif()
+    exif[0x0112] = 6  # turned; the annotation has the size that is stored
+    Image.new("RGB", (128, 64)).save(root / "JPEGImages/train_000002.jpg", exif=exif)
+    path = root / "Annotations/train_000002.xml"
+    path.write_text(path.read_text().replace("<width>64", "<width>128"))
+    with contextlib.nullcontext() if not problems else pytest.raises(SystemExit):
+        main(["--config", str(config_file), "--quick", f"--data.orientation={orientation}"])
+    found = [line for line in capsys.readouterr().err.splitlines() if line.startswith("problem: ")]
+    assert len(found) == problems
+    assert all(line.endswith("size of the stored picture, 128 x 64, but data.orientation is upright") for line in found)
 
 
 def test_a_data_root_that_is_not_there_is_a_problem(config_file: Path, tmp_path: Path, capsys) -> None:
