@@ -103,8 +103,19 @@ def _write_image(tree: Path, image_id: str, image: SourceImage, *, copy: bool) -
         shutil.copyfile(image.path, picture)
     else:
         picture.symlink_to(image.path.resolve())
+    write_annotation(tree / "Annotations" / f"{image_id}.xml", picture.name, image)
+
+
+def write_annotation(path: Path, file_name: str, image: SourceImage) -> None:
+    """Writes the XML file of one image, without objects that would have no area.
+
+    Args:
+        path: file to write.
+        file_name: of the image, as it stands in the file.
+        image: its size and objects.
+    """
     annotation = ElementTree.Element("annotation")
-    ElementTree.SubElement(annotation, "filename").text = picture.name
+    ElementTree.SubElement(annotation, "filename").text = file_name
     size = ElementTree.SubElement(annotation, "size")
     for tag, value in (("width", image.width), ("height", image.height), ("depth", 3)):
         ElementTree.SubElement(size, tag).text = str(value)
@@ -114,7 +125,7 @@ def _write_image(tree: Path, image_id: str, image: SourceImage, *, copy: bool) -
             annotation.append(_object_element(item, corners))
     ElementTree.indent(annotation)
     text = ElementTree.tostring(annotation, encoding="unicode")
-    (tree / "Annotations" / f"{image_id}.xml").write_text(f"{text}\n", encoding="utf-8")
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _object_element(item: SourceObject, corners: Sequence[str]) -> ElementTree.Element:

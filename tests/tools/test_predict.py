@@ -13,10 +13,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageOps
+from pycocotools.coco import COCO
 
 from instaqnas.checkpoint import load_checkpoint
 from instaqnas.config.reading import from_plain
 from instaqnas.data.images import read_image
+from instaqnas.data.voc_xml import KnownClasses, parse_annotation
 from instaqnas.deploy import load, predictor
 from instaqnas.detector.ssd import DetectorBits, detector_layers
 from instaqnas.errors import InputError
@@ -200,7 +202,81 @@ def test_an_unreadable_image_is_named_and_counted_and_the_others_are_done(
     assert exit_.value.code == 2
     assert [json.loads(line)["file"] for line in captured.out.splitlines()] == [str(good), str(good)]
     lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert lines == [f"error: {broken}: not a readable image", "error: 1 of 3 images could not be read"]
+    assert lines == [f"error: {broken}: not a readable image", "error: 1 of 3 inputs could not be read"]
+
+
+def write_video(path: Path, frames: int, size: tuple[int, int] = (96, 64)) -> Path:
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, size)
+    random = np.random.default_rng(0)
+    for _ in range(frames):
+        video.write(random.integers(256, size=(size[1], size[0], 3), dtype=np.uint8))
+    video.release()
+    return path
+
+
+def test_every_frame_of_a_video_has_a_line_and_a_drawn_frame(predict: Predict, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "clip.mp4", 7)
+    found = predict(video, "--score", "0.1", "--batch", "3", "--out", tmp_path / "drawn", "--coco", tmp_path / "x.json")
+    assert [(line["file"], line["frame"], line["seconds"]) for line in found] == [
+        (str(video), number, number / 10) for number in range(7)
+    ]
+    drawn = cv2.VideoCapture(str(tmp_path / "drawn" / "clip_detections.mp4"))
+    assert (drawn.get(cv2.CAP_PROP_FRAME_COUNT), drawn.get(cv2.CAP_PROP_FPS)) == (7, 10)
+    assert drawn.get(cv2.CAP_PROP_FRAME_WIDTH) == 480  # 96, enlarged
+    assert drawn.get(cv2.CAP_PROP_FRAME_HEIGHT) > 320  # with the bits below
+    images = json.loads((tmp_path / "x.json").read_text())["images"]
+    assert [image["frame"] for image in images] == list(range(7))
+
+
+def test_a_video_that_cannot_be_opened_is_named(
+    predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    refusal(predict, tmp_path / "broken.mp4")
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors[0] == f"error: {tmp_path / 'broken.mp4'}: cannot be opened as a video"
+
+
+def test_annotations_come_back_as_the_detections(predict: Predict, tmp_path: Path) -> None:
+    path = write_photo(tmp_path / "a.jpg", 6)
+    words = ("--score", "0.1", "--voc", tmp_path / "voc", "--coco", tmp_path / "found.json")
+    [found] = predict(path, *words)
+    with Image.open(path) as image:
+        height, width = image.size  # turned
+    names = tuple(sorted(CLASSES))
+    read = parse_annotation(
+        tmp_path / "voc" / "a.xml",
+        KnownClasses({name: label for label, name in enumerate(names, start=1)}, "here"),
+        lambda: (width, height),
+    )
+    assert (read.width, read.height) == (width, height)
+    assert len(read.objects) == len(found["detections"]) > 1
+    for item, expected in zip(read.objects, found["detections"], strict=True):
+        assert names[item.label - 1] == expected["label"]
+        assert item.box_xyxy == pytest.approx(expected["box_xyxy"], abs=0.02)
+    dataset = COCO(str(tmp_path / "found.json"))
+    boxes = dataset.loadAnns(dataset.getAnnIds(imgIds=[1]))
+    assert [dataset.cats[box["category_id"]]["name"] for box in boxes] == [d["label"] for d in found["detections"]]
+    assert [box["score"] for box in boxes] == pytest.approx([d["score"] for d in found["detections"]], abs=1e-4)
+    for box, expected in zip(boxes, found["detections"], strict=True):
+        x, y, box_width, box_height = box["bbox"]
+        assert [x, y, x + box_width, y + box_height] == pytest.approx(expected["box_xyxy"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected either inputs or --camera"),
+        (["a.png", "--camera", "0"], "expected either inputs or --camera"),
+        (["a.mp4", "--voc", "annotations"], "--voc: for images only"),
+        (["a.png", "--batch", "0"], "--batch: expected at least 1, got 0"),
+    ],
+)
+def test_inputs_that_do_not_go_together_are_refused(
+    predict: Predict, capsys: pytest.CaptureFixture, words: list[str], message: str
+) -> None:
+    refusal(predict, *words)
+    assert message in capsys.readouterr().err
 
 
 def test_folders_and_patterns_stand_for_their_images(
