@@ -293,8 +293,10 @@ class RunDir:
         if images != self.images:
             changed.append(f"with other training images: {images['count']} then, {self.images['count']} now")
         if changed:
+            longer = any(line.startswith(f"{stage.section}.epochs: ") for line in changed)
+            reason = "the learning rate falls to 0 at the last epoch, so other epochs are another training; "
             raise InputError(
-                f"{self.path}: was begun otherwise ({'; '.join(changed)}); "
+                f"{self.path}: was begun otherwise ({'; '.join(changed)}); {reason if longer else ''}"
                 "take another --run, or --restart to begin this stage anew"
             )
 

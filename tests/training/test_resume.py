@@ -342,3 +342,12 @@ def test_images_that_vanish_on_the_way_end_in_one_line_and_keep_the_last_checkpo
     assert "\n" not in str(caught.value)
     assert load_checkpoint(run / "finetune" / "last.pt")["epoch"] == 1
     assert json.loads((run / "finetune" / "metrics.jsonl").read_text())["epoch"] == 1
+
+
+def test_a_finished_stage_with_more_epochs_says_why_it_does_not_go_on(finished_run: Path, make_command) -> None:
+    with pytest.raises(InputError) as refused:
+        stages.run_finetune(make_command("finetune", finished_run, "--finetune.epochs=3"))
+    assert str(refused.value).endswith(
+        "/finetune: was begun otherwise (finetune.epochs: 1 -> 3); the learning rate falls to 0 at the last epoch, so "
+        "other epochs are another training; take another --run, or --restart to begin this stage anew"
+    )
