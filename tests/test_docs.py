@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import re
 import shlex
 from collections.abc import Iterator
@@ -94,6 +95,7 @@ def test_commands_parse_and_their_options_exist(
     before = [words[0]] if words and module.__name__.endswith(".dataset") else []
     with pytest.raises(SystemExit) as exit_status:
         module.main([*before, "--help"])
+    logging.disable(logging.NOTSET)  # instaqnas.launch switches it off
     assert exit_status.value.code == 0
     help_text = capsys.readouterr().out
     settings = {f"--{key}" for key in SettingParser().settings}

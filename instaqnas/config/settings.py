@@ -167,7 +167,7 @@ class PolicyConfig:
         input: `image`, or the features of the detector's `stem`, whose pretrained weights then stay as they are.
         pool: factor by which the input is average-pooled first; the features have half the size of the image.
         width: channels of the first residual block; the next three have 2, 4 and 8 times as many.
-        bits: [weight bits, activation bits] of the policy's own layers but the last, a small one with 8 bits.
+        bits: [weight bits, activation bits] of the policy's own layers; the last has at least 8 of each.
         effort: one more output for the whole image, which shifts all positions towards more or fewer bits.
     """
 

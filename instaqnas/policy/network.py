@@ -20,7 +20,7 @@ from instaqnas.quant.bitops import CostTable, LayerCost, measure_layers
 from instaqnas.quant.switchable import SwitchableConv2d
 
 BLOCKS = ((1, 1), (2, 2), (4, 2), (8, 2))  # (channels in units of the width, stride) of the residual blocks
-HEAD_BITS = (8, 8)  # at fewer, many images have equal logits, and a budget between them cannot be met
+LEAST_HEAD_BITS = 8  # at fewer, many images have equal logits, and a budget between them cannot be met
 
 
 class ResidualBlock(nn.Module):
@@ -52,7 +52,7 @@ class PolicyNet(nn.Module):
         choices: K.
         pool: factor of the average-pooling of the input.
         width: channels of the first block, 16 in the paper.
-        bits: (weight bits, activation bits) of all layers but the last, which has `HEAD_BITS`.
+        bits: (weight bits, activation bits) of all layers; the last has at least 8 of each.
         stem_channels: channels of the detector's stem if its features are the input; None if the image is.
         effort: change of the logits of the K choices per unit of effort, the same at all positions until `begin` sets
             it. The network then has one more output, the effort of the image. None for a network without effort.
@@ -83,7 +83,8 @@ class PolicyNet(nn.Module):
             self.blocks.append(ResidualBlock(in_channels, units * width, stride, bits))
             in_channels = units * width
         outputs = positions * choices + (effort is not None)
-        self.head = SwitchableConv2d(in_channels, outputs, 1, [HEAD_BITS], batch_norm=False)
+        head_bits = (max(bits[0], LEAST_HEAD_BITS), max(bits[1], LEAST_HEAD_BITS))
+        self.head = SwitchableConv2d(in_channels, outputs, 1, [head_bits], batch_norm=False)
         self.register_buffer("effort", None if effort is None else torch.tensor(effort).repeat(positions, 1))
         nn.init.normal_(self.head.weight, std=0.01)  # a new policy is almost uniform
 

@@ -149,7 +149,6 @@ class DetectorTraining:
             self.clock.start()
             yield self.state.epoch
         distributed.barrier()  # the next stage reads the checkpoint
-        self.run_dir.log_result(self.state.metrics)
         if self.val_loader is not None and self.state.best_map < LEARNED:
             log.warning(
                 "warning: %s has learned nothing: val mAP never rose above %g %%; look at the losses above, at "
@@ -232,6 +231,8 @@ class DetectorTraining:
         state.best_map, state.metrics = best_map, scalars
         # Before the checkpoint: a run resumed from it does not log this epoch again.
         self.run_dir.log_epoch(state.epoch, step, scalars, state.choices)
+        if state.epoch == settings.epochs:
+            self.run_dir.log_result(scalars)
         log.info("%s", self.clock.line(self.run_dir.stage.name, state.epoch, settings.epochs, scalars))
         if self.validates:
             self._draw_pictures(choose_bits, step)
